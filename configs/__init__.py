@@ -1,0 +1,227 @@
+"""The schema of a config file: one frozen dataclass for each YAML section, and `load_config`.
+
+The defaults are the paper's settings for IU-Xray (Sec. 4.1.2), or our decision where the paper is silent; the
+A-numbers are explained in the README, under "What the paper leaves open". Nothing is read from anywhere but here,
+the YAML file and `--set section.key=value`, in that order.
+"""
+import copy
+import difflib
+import math
+import types
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import yaml
+
+
+def allowed(default, rule: str, test):
+    """A field whose value must pass `test`; `rule` says in words what is allowed. None is left to the type."""
+    return field(default=default, metadata={"rule": rule, "test": test})
+
+
+def at_least(low, default):
+    return allowed(default, f"at least {low}", lambda value: value >= low)
+
+
+def above_zero(default):
+    return allowed(default, "above 0", lambda value: value > 0)
+
+
+def one_of(default, *choices):
+    return allowed(default, " or ".join(map(repr, choices)), lambda value: value in choices)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Sec. 4.1.2: rank and alpha are 16. Targets and dropout: A12."""
+    rank: int = at_least(1, 16)
+    alpha: int = at_least(1, 16)
+    dropout: float = allowed(0.1, "from 0 to below 1", lambda value: 0 <= value < 1)
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Hub names or local folders of Hugging Face models."""
+    vision: str                             # any encoder that gives `last_hidden_state` (B, S, D)
+    llm: str                                # any causal LM of the Llama architecture
+    teacher: str | None = None              # null: the LLM itself (A5)
+    lora: Lora | None = Lora()              # null: "w/o LoRA" of Table 2 (A18)
+    vse_expansion: int = at_least(1, 2)     # D_z / D (A4)
+
+
+@dataclass(frozen=True)
+class Loss:
+    temperature: float = above_zero(0.07)   # of VSE and DID (A3)
+    vse_weight: float = at_least(0, 1.0)    # Eq. 8; 0 is "w/o VSE" of Table 2
+    did_weight: float = at_least(0, 1.0)    # Eq. 8; 0 is "w/o DID" of Table 2
+    vse_self_in_denominator: bool = False   # A1
+
+
+@dataclass(frozen=True)
+class Data:
+    root: str                               # holds annotation.json and images/
+    dataset: str = one_of("iu_xray", "iu_xray", "mimic_cxr", "demo")  # cleaning (A15) and the paper's row
+    limit: int | None = at_least(1, None)   # that many studies of each split; null: all
+    max_report_tokens: int = at_least(1, 100)     # A23, A20
+    reference_cut_tokens: int = at_least(1, 60)   # A16: where R2GenGPT cuts the references
+    num_workers: int = at_least(0, 8)       # processes that read images
+
+
+@dataclass(frozen=True)
+class Train:
+    output: str | None = None               # null: runs/<config name>
+    seed: int = at_least(0, 42)
+    precision: str = one_of("bf16", "bf16", "fp32")  # A13
+    batch_size: int = at_least(1, 16)
+    eval_batch_size: int = at_least(1, 16)
+    epochs: int = at_least(1, 15)           # A13
+    max_steps: int | None = at_least(1, None)
+    lr: float = above_zero(1e-4)
+    min_lr: float = at_least(0, 1e-6)       # A13
+    weight_decay: float = at_least(0, 0.01)  # A13
+    clip_norm: float = above_zero(1.0)      # A13
+    save_every_steps: int | None = at_least(1, None)  # null: at the end of each epoch only
+
+
+@dataclass(frozen=True)
+class Generate:
+    """A14."""
+    num_beams: int = at_least(1, 3)
+    repetition_penalty: float = above_zero(2.0)
+    length_penalty: float = 2.0
+    min_new_tokens: int = at_least(1, 40)
+    max_new_tokens: int = at_least(1, 100)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model
+    data: Data
+    loss: Loss = Loss()
+    train: Train = Train()
+    generate: Generate = Generate()
+
+    def to_dict(self) -> dict:
+        """Plain dicts, lists and scalars: what config.yaml and the checkpoints hold."""
+        return yaml.safe_load(yaml.safe_dump(_plain(asdict(self))))
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as `train.lr=1.0e-4` (values are YAML).
+
+    Raises ValueError for an unknown key, a wrong type or an impossible value, naming the key, and FileNotFoundError
+    for a missing file. `train.output` is filled in: `runs/<name of the file>`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in Path(__file__).parent.glob("*.yaml"))
+        raise FileNotFoundError(f"config {path}: no such file; there are {', '.join(known)}")
+    try:
+        config = parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), overrides, str(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if config.train.output is None:
+        config = replace(config, train=replace(config.train, output=f"runs/{path.stem}"))
+    return config
+
+
+def parse_config(tree: dict, overrides: list[str] = (), source: str = "config") -> Config:
+    """Check a tree of plain values against the schema; see `load_config`."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{source}: got {_show(tree)}, expected the sections {', '.join(_names(Config))}")
+    tree = copy.deepcopy(tree)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {override}: expected section.key=value")
+        *sections, leaf = key.split(".")
+        branch = tree
+        for section in sections:
+            if not isinstance(branch.get(section), dict):
+                branch[section] = {}
+            branch = branch[section]
+        try:
+            branch[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {override}: the value is not valid YAML") from None
+    config = _build(Config, tree, "", source)
+    if config.generate.min_new_tokens > config.generate.max_new_tokens:
+        raise ValueError(f"{source}: generate.min_new_tokens: got {config.generate.min_new_tokens}, expected at most "
+                         f"generate.max_new_tokens ({config.generate.max_new_tokens})")
+    if config.train.min_lr > config.train.lr:
+        raise ValueError(f"{source}: train.min_lr: got {config.train.min_lr}, expected at most train.lr")
+    if config.train.batch_size < 2 and (config.loss.vse_weight or config.loss.did_weight):
+        raise ValueError(f"{source}: train.batch_size: got 1, expected at least 2 (VSE and DID compare the studies of "
+                         "a batch), or set loss.vse_weight and loss.did_weight to 0")
+    return config
+
+
+def _names(cls) -> list[str]:
+    return [f.name for f in fields(cls)]
+
+
+def _all_keys(cls, prefix: str = ""):
+    """Every key of the schema, dotted: model, model.vision, ..."""
+    for name, hint in get_type_hints(cls).items():
+        yield prefix + name
+        kind = (get_args(hint) if isinstance(hint, types.UnionType) else (hint,))[0]
+        if is_dataclass(kind):
+            yield from _all_keys(kind, f"{prefix}{name}.")
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _show(value) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _build(cls, tree, prefix: str, source: str):
+    """A dataclass from a dict: every key known, every value of its type and allowed."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{source}: {prefix[:-1]}: got {_show(tree)}, expected keys: {', '.join(_names(cls))}")
+    for key in tree:
+        if key not in _names(cls):
+            known = list(_all_keys(Config))
+            near = [name for name in known if name.split(".")[-1] == key]
+            near = near or difflib.get_close_matches(f"{prefix}{key}", known, 1, cutoff=0)
+            raise ValueError(f"{source}: {prefix}{key}: unknown key; the nearest known key is {near[0]} "
+                             f"(known here: {', '.join(_names(cls))})")
+    hints, values = get_type_hints(cls), {}
+    for f in fields(cls):
+        name = prefix + f.name
+        if f.name in tree:
+            values[f.name] = _check(tree[f.name], hints[f.name], f.metadata, name, source)
+        elif f.default is MISSING:
+            if not is_dataclass(hints[f.name]):
+                raise ValueError(f"{source}: {name}: missing; every config must set it")
+            values[f.name] = _build(hints[f.name], {}, name + ".", source)
+    return cls(**values)
+
+
+def _check(value, hint, metadata, name: str, source: str):
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    if is_dataclass(kind):
+        return _build(kind, value, name + ".", source)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind == tuple[str, ...] and isinstance(value, list) and value and all(type(v) is str for v in value):
+        return tuple(value)
+    if type(value) is not kind:
+        expected = "a list of names" if kind == tuple[str, ...] else kind.__name__
+        hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if kind is float and isinstance(value, str) else ""
+        raise ValueError(f"{source}: {name}: got {_show(value)}, expected {expected}"
+                         f"{' or null' if type(None) in kinds else ''}{hint}")
+    if kind is str and not value.strip():
+        raise ValueError(f"{source}: {name}: got an empty text")
+    if kind is float and not math.isfinite(value) or "test" in metadata and not metadata["test"](value):
+        raise ValueError(f"{source}: {name}: got {value!r}, expected {metadata.get('rule', 'a finite number')}")
+    return value

@@ -1,0 +1,244 @@
+"""VDGen (Sec. 3): a Swin encoder, the heads of VSE and DID, and a Llama decoder with LoRA.
+
+Left out on purpose: a [CLS] token (A6) and any projection on the image side of DID (Eq. 4). The loss functions are in
+losses.py; their sum (Eq. 8) is in the training loop.
+"""
+from collections.abc import Iterable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from configs import Config
+from losses import did_loss, report_loss, vse_loss
+
+# Sec. 3.4. The visual tokens stand between the two halves; <img> and </img> are plain text (A9).
+PROMPT_BEFORE = "Human: <img>"
+PROMPT_AFTER = ("</img> Generate a comprehensive and detailed diagnosis report for this chest X-ray image."
+                "\nAssistant:")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher alike
+TEACHER_BATCH = 16        # fixed: the padding of a batch changes results of bfloat16 in the last digit (A5)
+
+
+class VDGen(nn.Module):
+    """The whole model. What trains (Swin, norm, heads, projection, LoRA) is float32; the frozen LLM keeps its type.
+
+    Args:
+        config: see configs/__init__.py.
+        vision: a Hugging Face encoder whose output has `last_hidden_state` (N, S, D).
+        llm: a Hugging Face causal LM of the Llama architecture (`.model` and an output embedding).
+        tokenizer: of that LLM, with a begin and an end token.
+        teacher_width: D_t when `model.teacher` names another encoder; default: the width of the LLM (A5).
+        image_mean, image_std: what the encoder was pretrained with, three numbers each.
+    """
+
+    def __init__(self, config: Config, vision: nn.Module, llm: nn.Module, tokenizer, teacher_width: int | None = None,
+                 image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        D, D_h = vision.config.hidden_size, llm.config.hidden_size
+        if getattr(vision, "pooler", None) is not None:
+            vision.pooler = None  # h is a mean over S; a pooler would be computed, and never trained
+        self.vision = vision.requires_grad_()  # A11: all of it
+        self.norm = nn.LayerNorm(D)            # Sec. 3.2, A26
+        self.vse_head = nn.Linear(D, config.model.vse_expansion * D) if config.loss.vse_weight else None    # W1, A4
+        self.did_head = nn.Linear(teacher_width or D_h, D) if config.loss.did_weight else None              # W2
+        self.visual_projection = nn.Linear(D, D_h)                                                          # A7
+        llm.requires_grad_(False)
+        lora = config.model.lora
+        self.llm = llm if lora is None else get_peft_model(llm, LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
+            task_type="CAUSAL_LM"))
+        self.image_size = vision.config.image_size
+        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in (PROMPT_BEFORE, PROMPT_AFTER))
+        for name, values in dict(before_ids=[self.bos_id] + before, after_ids=after,
+                                 image_mean=image_mean, image_std=image_std).items():
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+        self.causal_lm.generation_config = GenerationConfig(  # A14; replaces the sampling that chat models ship
+            num_beams=config.generate.num_beams, repetition_penalty=config.generate.repetition_penalty,
+            length_penalty=config.generate.length_penalty, min_new_tokens=config.generate.min_new_tokens,
+            max_new_tokens=config.generate.max_new_tokens, do_sample=False,
+            bos_token_id=self.bos_id, eos_token_id=self.eos_id, pad_token_id=self.eos_id)
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The LLM itself; its LoRA layers, if any, stand inside it."""
+        return self.llm if self.config.model.lora is None else self.llm.get_base_model()
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    def autocast(self):
+        """A13: bfloat16 autocast, on CUDA and on CPU alike; off with `train.precision: fp32`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    def encode(self, images: Tensor, view_counts: list[int]) -> Tensor:
+        """Sec. 3.2: X^e, the visual tokens of each study: Swin, LayerNorm (A26), mean over its views (A8).
+
+        Args:
+            images: (sum of view_counts, 3, H, W) uint8, the views of all studies, one study after the other.
+            view_counts: B numbers >= 1.
+        Returns:
+            (B, S, D) float32.
+        """
+        pixels = (images.float() / 255 - self.image_mean.view(3, 1, 1)) / self.image_std.view(3, 1, 1)
+        tokens = self.norm(self.vision(pixels).last_hidden_state.float())
+        return torch.stack([views.mean(dim=0) for views in tokens.split(view_counts)])
+
+    def embed_prompt(self, visual_tokens: Tensor) -> Tensor:
+        """Sec. 3.4: BOS, the prompt, and the visual tokens in it, projected to the LLM's width (A7): (B, P, D_h)."""
+        embed, B = self.causal_lm.get_input_embeddings(), len(visual_tokens)
+        before, after = (embed(ids).expand(B, -1, -1) for ids in (self.before_ids, self.after_ids))
+        return torch.cat([before, self.visual_projection(visual_tokens).to(before.dtype), after], dim=1)
+
+    def forward(self, images: Tensor, view_counts: list[int], report_ids: Tensor, report_lengths: Tensor,
+                teacher_embed: Tensor | None) -> dict[str, Tensor]:
+        """The unweighted terms of Eq. 8 for one batch of B studies.
+
+        Args:
+            images, view_counts: see `encode`.
+            report_ids: (B, L) token ids, end token included (A20), padded on the right with any id.
+            report_lengths: (B,) how many of them count.
+            teacher_embed: (B, D_t) y, one for each report (see `embed_reports`); None if `loss.did_weight` is 0.
+        Returns:
+            {"report": ..., "vse": ..., "did": ...}, scalars in nats; a term of weight 0 is left out.
+        """
+        visual_tokens = self.encode(images, view_counts)
+        visual_embed = visual_tokens.mean(dim=1)  # h
+        prompt = self.embed_prompt(visual_tokens)
+        # The last token predicts nothing. No attention mask: under a causal mask, padding on the right is never seen.
+        inputs = torch.cat([prompt, self.causal_lm.get_input_embeddings()(report_ids[:, :-1])], dim=1)
+        hidden = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, prompt.shape[1] - 1:]
+        kept = torch.arange(report_ids.shape[1], device=self.device) < report_lengths[:, None]
+        logits = self.causal_lm.get_output_embeddings()(hidden[kept])  # at report positions only
+        terms = {"report": report_loss(logits, report_ids[kept])}
+        loss = self.config.loss
+        with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
+            if self.vse_head is not None:
+                z = self.vse_head(visual_embed)
+                terms["vse"] = vse_loss(z, loss.temperature, loss.vse_self_in_denominator)
+            if self.did_head is not None:
+                terms["did"] = did_loss(visual_embed, self.did_head(teacher_embed.float()), loss.temperature)
+        return terms
+
+    @torch.no_grad()
+    def generate(self, images: Tensor, view_counts: list[int]) -> list[str]:
+        """Eq. 7: write a report for each study, decoded as `generate` in the config says (A14). Arguments: `encode`."""
+        with self.autocast():
+            prompt = self.embed_prompt(self.encode(images, view_counts))
+            attention_mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=self.device)
+            written = self.causal_lm.generate(inputs_embeds=prompt, attention_mask=attention_mask)
+        return [self.decode(ids) for ids in written.tolist()]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text up to the end token; padding behind it may be any token (A9)."""
+        ids = ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: everything but the frozen LLM. (Buffers of the encoder, if it has any, included.)"""
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {name: value for name, value in self.state_dict().items() if name not in frozen}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """The reverse, strictly: ValueError if a tensor is missing, unexpected, or of another shape."""
+        own = self.trained_state()
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong += sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+        if wrong:
+            raise ValueError(f"checkpoint: {len(wrong)} tensors are missing, unexpected or of another shape, first "
+                             f"{wrong[0]}; it was written by a model with other sizes or another `model` section")
+        self.load_state_dict(state, strict=False)
+
+
+def load_model(config: Config) -> VDGen:
+    """Read the backbones that `config.model` names; the LLM in the type of `train.precision` (A13), on the CPU.
+
+    Raises FileNotFoundError for a model that is neither a folder nor on the hub, ValueError for one that does not fit.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    names = config.model
+    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32)
+    processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
+    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype)
+    tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; both are needed (A9)")
+    width = None
+    if names.teacher is not None and config.loss.did_weight:
+        from transformers import AutoConfig
+        width = _pretrained(AutoConfig, names.teacher, "model.teacher").hidden_size
+    return VDGen(config, vision, llm, tokenizer, width, processor.image_mean, processor.image_std)
+
+
+@torch.no_grad()
+def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
+    """A5: y, the teacher's embedding of each report: the mean of its last hidden states over the report's tokens.
+
+    The teacher is the LLM without LoRA, reading BOS and the report alone (BOS is left out of the mean), or the encoder
+    that `model.teacher` names, with its own special tokens (left out too). No gradient. Equal texts are computed once,
+    in an order and in batches that depend on the set of texts only.
+
+    Returns:
+        {text: (D_t,) on the CPU, in the LLM's type}.
+    """
+    name, itself = model.config.model.teacher, model.config.model.teacher is None
+    if itself:
+        teacher, tokenizer = model.causal_lm.model, model.tokenizer
+    else:
+        teacher = _pretrained(AutoModel, name, "model.teacher", dtype=torch.float32).to(model.device)
+        tokenizer = _pretrained(AutoTokenizer, name, "model.teacher")
+    dtype = model.causal_lm.dtype
+    texts = sorted(set(texts), key=lambda text: (len(text), text))
+    was_training, embeddings = model.training, {}
+    model.eval(), teacher.eval()
+    adapters = model.llm.disable_adapter() if itself and model.config.model.lora else torch.no_grad()
+    with adapters, model.autocast():
+        for start in tqdm(range(0, len(texts), TEACHER_BATCH), desc="teacher", unit="batch", leave=False):
+            batch = texts[start:start + TEACHER_BATCH]
+            ids, kept = zip(*(_teacher_ids(tokenizer, text, itself) for text in batch))
+            padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
+            kept = nn.utils.rnn.pad_sequence(kept, batch_first=True).to(model.device)
+            lengths = torch.tensor([len(row) for row in ids], device=model.device)
+            mask = torch.arange(padded.shape[1], device=model.device) < lengths[:, None]
+            hidden = teacher(input_ids=padded, attention_mask=mask.long()).last_hidden_state.float()
+            means = (hidden * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
+            embeddings.update(zip(batch, means.to(dtype).cpu()))
+    model.train(was_training)
+    return embeddings
+
+
+def _teacher_ids(tokenizer, text: str, is_decoder: bool) -> tuple[Tensor, Tensor]:
+    """Token ids of one report as the teacher reads it, and which of them count in the mean (True = keep)."""
+    if is_decoder:
+        ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=TEACHER_MAX_TOKENS - 1).input_ids
+        return torch.tensor([tokenizer.bos_token_id] + ids), torch.tensor([False] + [True] * len(ids))
+    encoded = tokenizer(text, truncation=True, max_length=TEACHER_MAX_TOKENS, return_special_tokens_mask=True)
+    return torch.tensor(encoded.input_ids), ~torch.tensor(encoded.special_tokens_mask, dtype=torch.bool)
+
+
+def _pretrained(kind, name: str, key: str, **options):
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileNotFoundError(f"{key}: cannot load {name!r} as {kind.__name__}: expected a folder of a Hugging Face "
+                                f"model, or a name on the hub that this machine can reach "
+                                f"({str(error).strip().splitlines()[0]})") from None
+
+
+def read_checkpoint(path) -> dict:
+    """best.pt or last.pt, tensors and plain values only (`weights_only`): ValueError for anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"checkpoint {path}: no such file") from None
+    except Exception as error:  # a zip, pickle or runtime error, as the junk may be
+        raise ValueError(f"checkpoint {path}: not a checkpoint of VDGen ({str(error).strip().splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
+        raise ValueError(f"checkpoint {path}: not a checkpoint of VDGen: it has no `model` and `config`")
+    return checkpoint

@@ -1,0 +1,111 @@
+"""Tiny backbones and a tiny dataset, made here: every test runs on a CPU, offline."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SwinConfig, SwinModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from configs import parse_config  # noqa: E402
+from model import load_model  # noqa: E402
+
+REPORTS = [
+    "The heart is enlarged. No pleural effusion.",
+    "Lungs are clear.",
+    "There is a small left pleural effusion. The heart size is normal. No pneumothorax.",
+    "No acute disease.",
+    "A large opacity in the right upper lobe. The heart is normal.",
+    "Degenerative changes of the spine. Lungs are clear. No pneumothorax or pleural effusion.",
+]
+
+
+def write_swin(folder: Path) -> None:
+    torch.manual_seed(0)
+    SwinModel(SwinConfig(image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4],
+                         drop_path_rate=0.1)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(
+        image_processor_type="ViTImageProcessor", size=dict(height=32, width=32), resample=3,
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(REPORTS, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def write_llama(folder: Path) -> None:
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer()
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                                 tie_word_embeddings=True, initializer_range=0.2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("backbones")
+    write_swin(folder / "swin")
+    write_llama(folder / "llama")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    """12 training, 3 val and 5 test studies with one, two or three views."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    tree, number = {}, 0
+    for split, studies in dict(train=12, val=3, test=5).items():
+        tree[split] = []
+        for _ in range(studies):
+            name = f"study{number:02d}"
+            (root / "images" / name).mkdir(parents=True)
+            paths = [f"{name}/{view}.png" for view in range(1 + number % 3)]
+            for path in paths:
+                Image.fromarray(rng.integers(0, 256, (40, 36), dtype=np.uint8)).save(root / "images" / path)
+            tree[split].append(dict(id=name, report=REPORTS[number % len(REPORTS)], image_path=paths, split=split))
+            number += 1
+    (root / "annotation.json").write_text(json.dumps(tree))
+    return root
+
+
+@pytest.fixture
+def make_config(backbones, data_root, tmp_path):
+    """make_config("loss.did_weight=0", ...): the tiny model on the tiny dataset, in float32."""
+    def make(*overrides: str):
+        return parse_config(dict(
+            model=dict(vision=str(backbones / "swin"), llm=str(backbones / "llama")),
+            data=dict(root=str(data_root), num_workers=0),
+            train=dict(output=str(tmp_path / "run"), precision="fp32", batch_size=3, eval_batch_size=2, epochs=1),
+            generate=dict(num_beams=2, min_new_tokens=1, max_new_tokens=6)), overrides)
+    return make
+
+
+@pytest.fixture
+def make_model(make_config):
+    def make(*overrides: str):
+        torch.manual_seed(0)
+        return load_model(make_config(*overrides))
+    return make
+
+
+@pytest.fixture(autouse=True)
+def without_java(monkeypatch, request):
+    """METEOR loads its tables for seconds: only the tests that are about it (marked `java`) run it."""
+    if "java" not in request.keywords:
+        monkeypatch.setattr("evaluate.shutil.which", lambda name: None)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "java: runs the program of METEOR 1.5")

@@ -1,0 +1,162 @@
+"""From disk to batches: R2Gen's cleaning and format, images, batches."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from configs import Data
+from conftest import make_tokenizer
+from data import ReportDataset, Study, clean_iu_xray, clean_mimic_cxr, collate, epoch_batches, read_image, read_studies
+
+
+@pytest.mark.parametrize("report, cleaned", [
+    ("The heart is normal. Lungs are clear.", "the heart is normal . lungs are clear ."),
+    ("1. No effusion. 2. Normal heart, (stable).", "no effusion . normal heart stable ."),
+    ("No change 2. Clear.", "no change . clear ."),
+    ("Stable.. No XXXX... Fine", "stable . no xxxx . fine ."),
+    ("Size 21. Next", "size 2next ."),                                        # quirk: the 1 of a list, eaten elsewhere
+    ("A-B #3 $4 <5 =6 >7 @8 [9] {10} a/b \"q\" it's \\x", "a-b #3 $4 5 6 7 8 9 10 ab q its x ."),  # the accidental range
+    ("a; b: c? d! e* f% g^ h& i_ j( k) l+", "a b c d e f g h i j k l ."),
+    ("Ends. . Middle", "ends .  . middle ."),  # quirk: empty sentences stay
+    (".", " ."),
+])
+def test_clean_iu_xray(report, cleaned):
+    assert clean_iu_xray(report) == cleaned
+
+
+@pytest.mark.parametrize("report, cleaned", [
+    ("PA and lateral.\nLungs  clear.\n\n 2. No ___ effusion.", "pa and lateral . lungs clear . no  effusion ."),
+    ("Heart____size............normal", "heartsizenormal ."),
+    ("Fine.\nDone.", "fine . done ."),
+])
+def test_clean_mimic_cxr(report, cleaned):
+    assert clean_mimic_cxr(report) == cleaned
+
+
+def test_cleaning_leaves_only_what_r2gen_leaves():
+    everything = "".join(map(chr, range(32, 127)))
+    kept = set(clean_iu_xray(everything))
+    assert kept == set(" .-#$`|~abcdefghijklmnopqrstuvwxyz0123456789")
+    assert clean_iu_xray("a. b.") == "a . b ." and clean_iu_xray("a . b .") == "a . b  ."  # not idempotent, as R2Gen
+
+
+def test_read_studies_reads_r2gens_format(data_root):
+    splits = read_studies(Data(root=str(data_root)))
+    assert {name: len(studies) for name, studies in splits.items()} == dict(train=12, val=3, test=5)
+    assert splits["train"][0] == Study("study00", "the heart is enlarged . no pleural effusion .", ("study00/0.png",))
+    assert [len(study.image_paths) for study in splits["train"][:3]] == [1, 2, 3]
+    limited = read_studies(Data(root=str(data_root), limit=2))
+    assert {name: len(studies) for name, studies in limited.items()} == dict(train=2, val=2, test=2)
+
+
+GOOD = dict(id="a", report="Clear.", image_path=["a/0.png"])
+
+
+@pytest.mark.parametrize("tree, words", [
+    ([], "expected {'train'"),
+    ({"val": [GOOD]}, "expected {'train'"),
+    ({"train": [GOOD], "extra": []}, "expected {'train'"),
+    ({"train": []}, "train: no studies"),
+    ({"train": [GOOD], "val": 3}, "val: got int"),
+    ({"train": [GOOD, GOOD]}, "'a' stands twice"),
+    ({"train": [GOOD], "test": [GOOD]}, r"test\[0\]: id 'a' stands twice"),
+    ({"train": [GOOD | {"report": " "}]}, "'a' has no report"),
+    ({"train": [GOOD | {"report": None}]}, "'a' has no report"),
+    ({"train": [GOOD | {"image_path": []}]}, "image_path: got"),
+    ({"train": [GOOD | {"image_path": "a/0.png"}]}, "image_path: got"),
+    ({"train": [GOOD | {"image_path": ["../../x.png"]}]}, "leaves the images folder"),
+    ({"train": [GOOD | {"image_path": ["/etc/x.png"]}]}, "leaves the images folder"),
+    ({"train": [{"id": "a"}]}, r"train\[0\]: expected a study with id, report and image_path"),
+    ({"train": ["a"]}, r"train\[0\]: expected a study"),
+])
+def test_read_studies_names_what_is_wrong(tmp_path, tree, words):
+    (tmp_path / "annotation.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=re.escape(words) if "\\" not in words else words):
+        read_studies(Data(root=str(tmp_path)))
+
+
+def test_read_studies_without_annotation(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data.root: there is no"):
+        read_studies(Data(root=str(tmp_path)))
+    (tmp_path / "annotation.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_studies(Data(root=str(tmp_path)))
+
+
+def gradient_image(height=300, width=200):
+    y, x = np.mgrid[:height, :width]
+    return ((np.sin(x / 9) + np.cos(y / 5) + 2) / 4 * 255).astype(np.uint8)
+
+
+def test_read_image_equals_the_encoders_own_processor(tmp_path):
+    """A24: straight to the square, bicubic, antialiased; grey in three channels."""
+    Image.fromarray(gradient_image()).save(tmp_path / "grey.png")
+    colours = np.stack([gradient_image(), gradient_image()[::-1], gradient_image() // 2], axis=-1)
+    Image.fromarray(colours).save(tmp_path / "colour.png")
+    processor = ViTImageProcessor(size=dict(height=64, width=64), resample=3, do_normalize=False, do_rescale=False)
+    for name in ("grey", "colour"):
+        ours = read_image(tmp_path / f"{name}.png", 64)
+        theirs = processor(Image.open(tmp_path / f"{name}.png").convert("RGB"), return_tensors="pt").pixel_values[0]
+        assert ours.shape == (3, 64, 64) and ours.dtype == torch.uint8
+        assert (ours.float() - theirs.float()).abs().max() <= 1  # the two bicubic filters round differently
+
+
+def test_read_image_scales_16_bit_by_its_own_maximum(tmp_path):
+    values = gradient_image(64, 64).astype(np.uint16) * 13
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    expected = np.rint(values * (255 / values.max()))
+    assert np.abs(read_image(tmp_path / "deep.png", 64)[0].numpy() - expected).max() <= 1
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(tmp_path / "black.png")
+    assert read_image(tmp_path / "black.png", 8).max() == 0
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16"])
+def test_read_image_takes_every_usual_mode(tmp_path, mode):
+    image = Image.fromarray(gradient_image(20, 20))
+    image = Image.fromarray(gradient_image(20, 20).astype(np.uint16)) if mode == "I;16" else image.convert(mode)
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "F", "I") else "a.png")
+    image.save(path)
+    view = read_image(path, 16)
+    assert view.shape == (3, 16, 16) and view.float().std() > 10
+
+
+def test_read_image_names_what_is_wrong(tmp_path):
+    Image.fromarray(gradient_image()).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    for name, content in dict(empty=b"", text=b"hello", cut=whole[:len(whole) // 2]).items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.png: not a whole PNG or JPEG"):
+            read_image(tmp_path / f"{name}.png", 32)
+    with pytest.raises(FileNotFoundError, match="none.png: no such file"):
+        read_image(tmp_path / "none.png", 32)
+    with pytest.raises(ValueError, match="not a whole"):
+        read_image(tmp_path, 32)
+
+
+def test_batches_hold_studies_with_differing_numbers_of_views(data_root):
+    """A8, A20, A23: and the end token stands only where the whole report fits."""
+    tokenizer, studies = make_tokenizer(), read_studies(Data(root=str(data_root)))["train"]
+    dataset = ReportDataset(studies, data_root, 32, tokenizer, max_report_tokens=12)
+    batch = collate([dataset[i] for i in (2, 0, 1)])
+    assert batch["ids"] == ["study02", "study00", "study01"] and batch["view_counts"] == [3, 1, 2]
+    assert batch["images"].shape == (6, 3, 32, 32)
+    assert torch.equal(batch["images"][3], read_image(data_root / "images/study00/0.png", 32))
+    assert batch["report_ids"].shape == (3, batch["report_lengths"].max())
+    for report, ids, length in zip(batch["reports"], batch["report_ids"].tolist(), batch["report_lengths"].tolist()):
+        whole = tokenizer(report, add_special_tokens=False).input_ids
+        assert ids[:length] == (whole + [tokenizer.eos_token_id] if len(whole) <= 12 else whole[:12])
+    assert {len(tokenizer(s.report, add_special_tokens=False).input_ids) <= 12 for s in studies} == {True, False}
+
+
+def test_epoch_batches_are_a_function_of_seed_and_epoch():
+    first = epoch_batches(103, 16, seed=1, epoch=0)
+    assert [len(b) for b in first] == [16] * 6                    # A22: the last, incomplete batch is dropped
+    assert len({i for b in first for i in b}) == 96
+    assert first == epoch_batches(103, 16, seed=1, epoch=0)
+    assert first != epoch_batches(103, 16, seed=1, epoch=1) and first != epoch_batches(103, 16, seed=2, epoch=0)
+    assert sorted(i for b in epoch_batches(32, 16, 0, 0) for i in b) == list(range(32))
+    assert epoch_batches(15, 16, 0, 0) == []

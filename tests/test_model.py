@@ -1,0 +1,306 @@
+"""The model: what reaches which loss, what trains and what stays, and the sizes of the paper."""
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model  # noqa: F401  (a clear error here if peft is not installed)
+from transformers import LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel
+
+from configs import load_config
+from conftest import REPORTS, make_tokenizer
+from model import PROMPT_AFTER, PROMPT_BEFORE, VDGen, embed_reports, read_checkpoint
+
+
+def make_batch(model, reports=REPORTS[:4], views=(2, 1, 3, 1), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids + [model.eos_id]) for text in reports]
+    return dict(images=torch.randint(0, 256, (sum(views), 3, 32, 32), generator=generator, dtype=torch.uint8),
+                view_counts=list(views), report_ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
+                report_lengths=torch.tensor([len(row) for row in ids]),
+                teacher_embed=torch.randn(len(views), 32, generator=generator))
+
+
+def shake_lora(model, scale=0.2):
+    """LoRA starts as zero; make it do something."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+
+
+def test_report_term_equals_the_textbook_computation(make_model):
+    """Every position in, the library's own labels and shift, an attention mask: the same loss and the same gradients."""
+    model = make_model("model.lora.dropout=0").eval()
+    shake_lora(model)
+    batch = make_batch(model)
+    ours = model(**batch)["report"]
+    ours.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    prompt = model.embed_prompt(model.encode(batch["images"], batch["view_counts"]))
+    B, P = prompt.shape[:2]
+    inputs = torch.cat([prompt, model.causal_lm.get_input_embeddings()(batch["report_ids"])], dim=1)
+    real = torch.arange(batch["report_ids"].shape[1]) < batch["report_lengths"][:, None]
+    labels = torch.cat([torch.full((B, P), -100), batch["report_ids"].masked_fill(~real, -100)], dim=1)
+    mask = torch.cat([torch.ones(B, P, dtype=torch.long), real.long()], dim=1)
+    textbook = model.causal_lm(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
+    textbook.backward()
+    assert ours.item() == pytest.approx(textbook.item(), abs=1e-5)
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == theirs.keys() and any("lora_A" in name for name in theirs)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_padding_changes_nothing(make_model):
+    """Neither the id of the padding nor more of it; an end token inside the padding is no target (A9)."""
+    model = make_model().eval()
+    batch = make_batch(model)
+    terms = model(**batch)
+    for pad in (model.eos_id, 7):
+        padded = torch.full((4, batch["report_ids"].shape[1] + 5), pad)
+        for row, (ids, length) in enumerate(zip(batch["report_ids"], batch["report_lengths"])):
+            padded[row, :length] = ids[:length]
+        again = model(**{**batch, "report_ids": padded})
+        for name in terms:
+            assert again[name].item() == pytest.approx(terms[name].item(), abs=1e-6), name
+
+
+def test_prompt_is_that_of_section_3_4(make_model):
+    model = make_model().eval()
+    visual_tokens = model.encode(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [1, 1])
+    prompt, embed = model.embed_prompt(visual_tokens), model.causal_lm.get_input_embeddings()
+    assert PROMPT_BEFORE + PROMPT_AFTER == ("Human: <img></img> Generate a comprehensive and detailed diagnosis report "
+                                            "for this chest X-ray image.\nAssistant:")
+    before = [model.bos_id] + model.tokenizer(PROMPT_BEFORE, add_special_tokens=False).input_ids
+    after = model.tokenizer(PROMPT_AFTER, add_special_tokens=False).input_ids
+    S = visual_tokens.shape[1]
+    assert prompt.shape == (2, len(before) + S + len(after), 32) and S == 16
+    assert torch.equal(prompt[0, :len(before)], embed(torch.tensor(before)))
+    assert torch.equal(prompt[1, len(before):-len(after)], model.visual_projection(visual_tokens)[1])
+    assert torch.equal(prompt[1, -len(after):], embed(torch.tensor(after)))
+
+
+def test_no_logits_outside_reports_and_no_mask(make_model):
+    model = make_model()
+    seen = {}
+    model.causal_lm.lm_head.register_forward_hook(lambda m, args, result: seen.update(rows=args[0].shape))
+    model.causal_lm.model.register_forward_pre_hook(lambda m, args, kw: seen.update(kw), with_kwargs=True)
+    batch = make_batch(model)
+    model(**batch)
+    assert seen["rows"] == (batch["report_lengths"].sum(), 32)
+    assert seen.get("attention_mask") is None
+    assert seen["inputs_embeds"].shape[1] == model.embed_prompt(torch.zeros(1, 16, 32)).shape[1] + batch["report_ids"].shape[1] - 1
+
+
+def test_views_are_averaged_token_by_token(make_model):
+    """A8: and a study of a mixed batch is what it is alone."""
+    model = make_model().eval()
+    batch = make_batch(model)
+    together = model.encode(batch["images"], batch["view_counts"])
+    start = 0
+    for row, count in enumerate(batch["view_counts"]):
+        views = batch["images"][start:start + count]
+        each = [model.encode(view[None], [1])[0] for view in views]
+        torch.testing.assert_close(together[row], torch.stack(each).mean(dim=0), atol=1e-5, rtol=1e-5)
+        start += count
+
+
+def test_encode_normalises_as_the_encoder_expects_and_ends_in_layer_norm(make_model):
+    model = make_model().eval()
+    images = make_batch(model)["images"][:1]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (images.double() / 255 - mean[:, None, None]) / std[:, None, None]
+    hidden = model.vision(pixels.float()).last_hidden_state
+    with torch.no_grad():
+        model.norm.weight.mul_(3)
+    expected = 3 * (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(model.encode(images, [1]), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_base_stays_bit_for_bit_and_the_rest_trains(make_model, precision):
+    model = make_model(f"train.precision={precision}").train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        with model.autocast():
+            loss = sum(model(**make_batch(model)).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    base_type = torch.bfloat16 if precision == "bf16" else torch.float32
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    for name, p in model.named_parameters():
+        frozen = name.startswith("llm.") and "lora_" not in name
+        assert p.requires_grad != frozen and p.dtype == (base_type if frozen else torch.float32), name
+        assert (name in moved) != frozen, name
+    for part in ("vision.", "norm.", "vse_head.", "did_head.", "visual_projection.", "llm."):
+        assert any(name.startswith(part) for name in moved), part
+    lora = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in moved if "lora_" in name}
+    assert lora == {"q_proj", "v_proj"}  # A12
+
+
+def reached(model, term):
+    model.zero_grad()
+    term.backward()
+    return {name.split(".")[0] if "lora_" not in name else "lora" for name, p in model.named_parameters()
+            if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def test_gradient_of_each_term_ends_where_the_paper_says(make_model):
+    model = make_model().train()
+    batch = make_batch(model)
+    batch["teacher_embed"].requires_grad_(False)
+    assert reached(model, model(**batch)["did"]) == {"vision", "norm", "did_head"}    # not the teacher, not the LLM
+    assert reached(model, model(**batch)["vse"]) == {"vision", "norm", "vse_head"}
+    assert reached(model, model(**batch)["report"]) == {"vision", "norm", "visual_projection", "lora"}
+
+
+def test_ablations_build_nothing_that_they_do_not_use(make_model):
+    """Table 2: a head of weight 0 is not built; without LoRA nothing of the LLM trains (A18)."""
+    model = make_model("loss.vse_weight=0", "loss.did_weight=0", "model.lora=null")
+    terms = model(**{**make_batch(model), "teacher_embed": None})
+    assert terms.keys() == {"report"} and model.vse_head is None and model.did_head is None
+    assert not any(p.requires_grad for p in model.llm.parameters())
+    terms["report"].backward()
+    assert model.visual_projection.weight.grad.abs().max() > 0
+    assert make_model().vse_head.weight.shape == (64, 32)                             # A4: D_z = 2 D
+    assert make_model("model.vse_expansion=3").vse_head.weight.shape == (96, 32)
+
+
+def test_vse_reading_of_a1_is_a_switch(make_model):
+    plain, ours = (make_model(f"loss.vse_self_in_denominator={flag}").eval() for flag in ("true", "false"))
+    batch = make_batch(ours)
+    assert plain(**batch)["vse"] > 0 > ours(**batch)["vse"] - torch.tensor(3.0).log() + 0.01
+
+
+def test_teacher_is_the_llm_without_lora_on_the_report_alone(make_model):
+    """A5: BOS in, BOS out of the mean, no gradient; neither LoRA nor the other reports of a batch change it."""
+    model = make_model().train()
+    shake_lora(model)
+    embeddings = embed_reports(model, REPORTS + REPORTS)
+    assert embeddings.keys() == set(REPORTS) and model.training
+    base = LlamaForCausalLM.from_pretrained(model.config.model.llm).eval()
+    for text, embedding in embeddings.items():
+        ids = [model.bos_id] + model.tokenizer(text, add_special_tokens=False).input_ids
+        hidden = base.model(input_ids=torch.tensor([ids])).last_hidden_state[0, 1:]
+        torch.testing.assert_close(embedding, hidden.mean(dim=0), atol=1e-4, rtol=1e-4)
+        assert not embedding.requires_grad
+    in_another_order = embed_reports(model, REPORTS[::-1])
+    assert all(torch.equal(in_another_order[text], embeddings[text]) for text in REPORTS)
+
+
+def test_another_encoder_can_be_the_teacher(make_model, tmp_path):
+    """A BERT: its special tokens are left out of the mean, its padding is masked, W2 takes its width."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+    words = sorted({word for text in REPORTS for word in text.lower().replace(".", " .").split()})
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+                                intermediate_size=32)).eval()
+    bert.save_pretrained(tmp_path / "bert"), tokenizer.save_pretrained(tmp_path / "bert")
+    model = make_model(f"model.teacher={tmp_path / 'bert'}")
+    assert model.did_head.weight.shape == (32, 24)
+    for text, embedding in embed_reports(model, REPORTS).items():
+        hidden = bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 1:-1]
+        torch.testing.assert_close(embedding, hidden.mean(dim=0), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_alone_equals_generation_in_a_batch(make_model, beams):
+    model = make_model(f"generate.num_beams={beams}", "generate.max_new_tokens=12", "generate.repetition_penalty=1.5").eval()
+    shake_lora(model, 1.0)
+    batch = make_batch(model)
+    together = model.generate(batch["images"], batch["view_counts"])
+    start = 0
+    for text, count in zip(together, batch["view_counts"]):
+        assert model.generate(batch["images"][start:start + count], [count]) == [text]
+        start += count
+    assert len(set(together)) > 1  # else the test would say nothing
+
+
+def test_greedy_generation_follows_the_training_forward(make_model):
+    """The prompt of generation is that of training: greedy tokens are the arg max of the logits the loss sees."""
+    model = make_model("generate.num_beams=1", "generate.repetition_penalty=1", "generate.max_new_tokens=8",
+                       "generate.min_new_tokens=8").eval()
+    shake_lora(model, 1.0)
+    batch = make_batch(model)
+    prompt = model.embed_prompt(model.encode(batch["images"], batch["view_counts"]))
+    ids = torch.empty(4, 0, dtype=torch.long)
+    for _ in range(8):
+        inputs = torch.cat([prompt, model.causal_lm.get_input_embeddings()(ids)], dim=1)
+        logits = model.causal_lm(inputs_embeds=inputs).logits[:, -1]
+        logits[:, model.eos_id] = -torch.inf  # min_new_tokens
+        ids = torch.cat([ids, logits.argmax(dim=1, keepdim=True)], dim=1)
+    assert model.generate(batch["images"], batch["view_counts"]) == [model.decode(row) for row in ids.tolist()]
+
+
+def test_decode_ends_at_the_end_token(make_model):
+    model = make_model()
+    ids = model.tokenizer("lungs are clear .", add_special_tokens=False).input_ids
+    assert model.decode(ids + [model.eos_id] + ids) == "lungs are clear ."  # and the blank before the dot stays
+    assert model.decode([model.eos_id, 5]) == model.decode([]) == ""
+
+
+def test_trained_state_is_complete_and_strict(make_model, tmp_path):
+    model, other = make_model(), make_model()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+    state = model.trained_state()
+    assert state.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    torch.save(dict(model=state, config=model.config.to_dict()), tmp_path / "best.pt")
+    other.load_trained_state(read_checkpoint(tmp_path / "best.pt")["model"])
+    batch = make_batch(model)
+    assert {k: v.item() for k, v in model.eval()(**batch).items()} == {k: v.item() for k, v in other.eval()(**batch).items()}
+    name = next(iter(state))
+    for broken in ({k: v for k, v in state.items() if k != name}, state | {"extra": state[name]}, state | {name: torch.zeros(3, 1)}):
+        with pytest.raises(ValueError, match="missing, unexpected or of another shape"):
+            other.load_trained_state(broken)
+
+
+def test_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "evil"), "w"))
+    torch.save(dict(model=Evil(), config={}), tmp_path / "bad.pt")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("bad.pt", "junk.pt", "list.pt"):
+        with pytest.raises(ValueError, match="not a checkpoint"):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "none.pt")
+
+
+def test_missing_backbone_is_named(make_model):
+    with pytest.raises(FileNotFoundError, match="model.llm: cannot load '/nowhere/llm'"):
+        make_model("model.llm=/nowhere/llm")
+    with pytest.raises(FileNotFoundError, match="model.vision"):
+        make_model("model.vision=/nowhere/swin")
+
+
+def test_paper_scale_on_the_meta_device():
+    """Sec. 4.1.2: the model of configs/iu_xray.yaml at its published sizes, without its weights."""
+    config = load_config("configs/iu_xray.yaml")
+    with torch.device("meta"):
+        swin = SwinModel(SwinConfig(image_size=224, patch_size=4, window_size=7, embed_dim=128, depths=[2, 2, 18, 2],
+                                    num_heads=[4, 8, 16, 32]), add_pooling_layer=False)
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                                             num_hidden_layers=32, num_attention_heads=32)).to(torch.bfloat16)
+        model = VDGen(config, swin, llama, make_tokenizer())
+        model.train()
+        pixels = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
+        visual_tokens = model.encode(pixels, [2])
+    count = lambda parameters: sum(p.numel() for p in parameters)  # noqa: E731
+    assert visual_tokens.shape == (1, 49, 1024)                                          # S, D
+    assert model.vse_head.weight.shape == (2048, 1024)                                   # D_z, A4
+    assert model.did_head.weight.shape == (1024, 4096) and model.visual_projection.weight.shape == (4096, 1024)
+    assert round(count(model.vision.parameters()) / 1e6, 1) == 86.7
+    assert round(count(p for p in model.llm.parameters() if not p.requires_grad) / 1e9, 2) == 6.74
+    assert count(p for p in model.llm.parameters() if p.requires_grad) == 8_388_608      # LoRA: 8.39 M
+    assert {p.dtype for p in model.llm.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

@@ -1,0 +1,170 @@
+"""The loop: exact resume, what a run writes, and what it refuses."""
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train as training
+from configs import parse_config
+from model import read_checkpoint
+from train import cosine_lr, train
+
+
+def at(config, folder):
+    return replace(config, train=replace(config.train, output=str(folder)))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step, monkeypatch):
+    """Raise when the loop asks for the learning rate of that step (from 0)."""
+    def stopping(s, *args):
+        if s == step:
+            raise Stop
+        return cosine_lr(s, *args)
+    monkeypatch.setattr(training, "cosine_lr", stopping)
+
+
+def steps_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    timing = ("seconds", "studies_per_second", "report_tokens_per_second", "peak_memory_gb")
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines if "step" in line]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("save_every, stop", [(2, 2), (2, 3), (1, 5)])
+def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(make_config, tmp_path, monkeypatch, precision, save_every, stop):
+    """Stopped in the first or the second epoch, at a save or behind one; dropout and drop-path are on."""
+    config = make_config("train.epochs=2", f"train.save_every_steps={save_every}", f"train.precision={precision}", "train.lr=0.01")
+    train(at(config, tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_at(stop, patch)
+        train(at(config, tmp_path / "stopped"))
+    assert read_checkpoint(tmp_path / "stopped/last.pt")["step"] == stop - stop % save_every
+    train(at(config, tmp_path / "stopped"), resume=True)
+    for name in ("last.pt", "best.pt"):
+        whole, stopped = (read_checkpoint(tmp_path / run / name) for run in ("whole", "stopped"))
+        for key in ("model", "optimizer", "random") if name == "last.pt" else ("model",):
+            ours, theirs = (torch.utils._pytree.tree_leaves(c[key]) for c in (whole, stopped))
+            assert len(ours) == len(theirs)
+            assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(ours, theirs)), (name, key)
+        assert (whole["step"], whole["best"]) == (stopped["step"], stopped["best"])
+    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "stopped")  # each step once, the validations too
+    for name in ("test_predictions.jsonl", "test_metrics.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+def test_run_writes_what_the_readme_says(make_config, tmp_path, capsys):
+    config = make_config("train.max_steps=3")
+    metrics = train(config)
+    folder = Path(config.train.output)
+    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "log.jsonl", "last.pt", "best.pt", "teacher.pt",
+                                                  "test_predictions.jsonl", "test_metrics.json"}
+    assert parse_config(yaml.safe_load((folder / "config.yaml").read_text())) == config
+    first, *lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert first["arguments"] == config.to_dict() and first["parameters"]["frozen"] > 0 and "torch" in first["versions"]
+    assert [line["step"] for line in lines] == [1, 2, 3, 3] and "val" in lines[-1]
+    for line in lines[:3]:
+        assert line["total"] == pytest.approx(line["report"] + line["vse"] + line["did"], abs=1e-5)  # Eq. 8
+        assert min(line[key] for key in ("studies_per_second", "report_tokens_per_second", "peak_memory_gb", "gradient_norm")) > 0
+    rows = [json.loads(line) for line in (folder / "test_predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 and rows[0].keys() == {"id", "prediction", "reference", "reference_cut", "image_path"}
+    assert json.loads((folder / "test_metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    frozen = [name for name in read_checkpoint(folder / "last.pt")["model"] if name.startswith("llm.") and "lora_" not in name]
+    assert not frozen
+    assert "5 studies" in capsys.readouterr().out
+
+
+def test_weights_scale_the_terms(make_config, tmp_path):
+    """Eq. 8 with other weights; the log holds the unweighted terms."""
+    train(make_config("train.max_steps=1", "loss.vse_weight=0.5", "loss.did_weight=3"))
+    line = steps_of(tmp_path / "run")[0]
+    assert line["total"] == pytest.approx(line["report"] + 0.5 * line["vse"] + 3 * line["did"], abs=1e-5)
+
+
+def test_cosine_lr_falls_from_lr_to_min_lr_per_step(make_config):
+    settings = make_config().train
+    values = [cosine_lr(step, 10, settings) for step in range(11)]
+    assert values[0] == settings.lr and values[10] == pytest.approx(settings.min_lr)
+    assert values[5] == pytest.approx((settings.lr + settings.min_lr) / 2) and values == sorted(values, reverse=True)
+
+
+def test_best_is_the_best_validation(make_config, tmp_path, monkeypatch):
+    """A later, worse validation does not replace best.pt; the test split is written by best.pt."""
+    scores = iter([0.3, 0.5, 0.1])
+    monkeypatch.setattr(training, "score", lambda *a, **k: {"BLEU_4": next(scores), "CIDEr": 0.0})
+    train(make_config("train.epochs=3"))
+    assert read_checkpoint(tmp_path / "run/best.pt")["step"] == 8  # of 12
+    assert read_checkpoint(tmp_path / "run/last.pt")["best"] == 0.25
+
+
+def test_run_without_val_and_test_splits(make_config, data_root, tmp_path):
+    tree = json.loads((data_root / "annotation.json").read_text())
+    (tmp_path / "images").symlink_to(data_root / "images")
+    (tmp_path / "annotation.json").write_text(json.dumps({"train": tree["train"]}))
+    assert train(make_config(f"data.root={tmp_path}", "train.epochs=2")) is None
+    assert read_checkpoint(tmp_path / "run/best.pt")["step"] == 8
+    (tmp_path / "annotation.json").write_text(json.dumps({"train": tree["train"], "val": tree["val"]}))
+    assert train(make_config(f"data.root={tmp_path}", f"train.output={tmp_path / 'other'}"))["n"] == 3
+    assert (tmp_path / "other/val_metrics.json").exists()
+
+
+def test_nothing_is_overwritten_silently(make_config, capsys):
+    train(make_config("train.max_steps=1"))
+    with pytest.raises(ValueError, match="add --resume"):
+        train(make_config("train.max_steps=1"))
+    with pytest.raises(ValueError, match="train.lr was 0.0001, is 0.01"):
+        train(make_config("train.max_steps=1", "train.lr=0.01"), resume=True)
+    train(make_config("train.max_steps=1", "train.save_every_steps=7"), resume=True)  # free to change
+
+
+def test_resume_without_a_checkpoint_says_so(make_config, capsys):
+    train(make_config("train.max_steps=1"), resume=True)
+    assert "starting at step 0" in capsys.readouterr().out
+
+
+def test_teacher_embeddings_are_computed_once(make_config, tmp_path, monkeypatch):
+    """A5: kept beside the run, keyed by text and teacher."""
+    calls, compute = [], training.embed_reports
+    monkeypatch.setattr(training, "embed_reports", lambda *a: calls.append(1) or compute(*a))
+    config = make_config("train.epochs=2", "train.max_steps=5")
+    train(config)
+    train(config, resume=True)
+    assert len(calls) == 1
+    kept = torch.load(tmp_path / "run/teacher.pt", weights_only=True)
+    (tmp_path / "other").mkdir()
+    torch.save(kept | {"key": kept["key"] | {"teacher": "another"}}, tmp_path / "other/teacher.pt")
+    train(make_config("train.max_steps=1", f"train.output={tmp_path / 'other'}"))
+    assert len(calls) == 2
+
+
+def test_non_finite_loss_names_step_and_term(make_config, monkeypatch):
+    monkeypatch.setattr("model.did_loss", lambda *args: torch.tensor(math.nan))
+    with pytest.raises(ValueError, match="step 1: the did loss is nan"):
+        train(make_config())
+
+
+def test_fewer_studies_than_a_batch(make_config):
+    with pytest.raises(ValueError, match="12 training studies do not fill one batch of 13"):
+        train(make_config("train.batch_size=13"))
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    ("train.py", ["--config", "configs/none.yaml"], "error: config configs/none.yaml: no such file"),
+    ("train.py", ["--config", "configs/demo.yaml", "--set", "train.lrate=1"], "the nearest known key is train.lr"),
+    ("train.py", ["--config", "configs/iu_xray.yaml", "--set", "data.root=/nowhere"], "error: data.root: there is no"),
+    ("evaluate.py", ["--checkpoint", "none.pt"], "error: checkpoint none.pt: no such file"),
+    ("evaluate.py", ["--predictions", "none.jsonl"], "error: --predictions none.jsonl: no such file"),
+])
+def test_bad_input_gets_one_line(script, arguments, words, tmp_path):
+    extra = ["--set", f"train.output={tmp_path}"] if script == "train.py" else []
+    done = subprocess.run([sys.executable, script, *arguments, *extra], capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
