@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from configs import Config
+from configs import PROMPT, Config
 from losses import did_loss, report_loss, vse_loss
 
-# Sec. 3.4. The visual tokens stand between the two halves; <img> and </img> are plain text (A9).
-PROMPT_BEFORE = "Human: <img>"
-PROMPT_AFTER = ("</img> Generate a comprehensive and detailed diagnosis report for this chest X-ray image."
-                "\nAssistant:")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher alike
 TEACHER_BATCH = 16        # fixed: the padding of a batch changes results of bfloat16 in the last digit (A5)
@@ -54,7 +50,7 @@ class VDGen(nn.Module):
             task_type="CAUSAL_LM"))
         self.image_size = vision.config.image_size
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in (PROMPT_BEFORE, PROMPT_AFTER))
+        before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in PROMPT)
         for name, values in dict(before_ids=[self.bos_id] + before, after_ids=after,
                                  image_mean=image_mean, image_std=image_std).items():
             self.register_buffer(name, torch.tensor(values), persistent=False)

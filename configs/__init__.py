@@ -14,6 +14,10 @@ from typing import get_args, get_type_hints
 
 import yaml
 
+# Sec. 3.4: the visual tokens stand between the two halves; <img> and </img> are plain text (A9).
+PROMPT = ("Human: <img>",
+          "</img> Generate a comprehensive and detailed diagnosis report for this chest X-ray image.\nAssistant:")
+
 
 def allowed(default, rule: str, test):
     """A field whose value must pass `test`; `rule` says in words what is allowed. None is left to the type."""

@@ -1,6 +1,7 @@
 """From disk to batches: R2Gen's cleaning and format, images, batches."""
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from configs import Data
+from configs import Data, parse_config
 from conftest import make_tokenizer
-from data import ReportDataset, Study, clean_iu_xray, clean_mimic_cxr, collate, epoch_batches, read_image, read_studies
+from data import (DEMO_FINDINGS, TOKENS, ReportDataset, Study, build_demo, clean_iu_xray, clean_mimic_cxr, collate,
+                  draw_film, draw_findings, epoch_batches, read_image, read_studies, write_report)
+from evaluate import named_findings
+from model import load_model
 
 
 @pytest.mark.parametrize("report, cleaned", [
@@ -160,3 +164,52 @@ def test_epoch_batches_are_a_function_of_seed_and_epoch():
     assert first != epoch_batches(103, 16, seed=1, epoch=1) and first != epoch_batches(103, 16, seed=2, epoch=0)
     assert sorted(i for b in epoch_batches(32, 16, 0, 0) for i in b) == list(range(32))
     assert epoch_batches(15, 16, 0, 0) == []
+
+
+def small_demo(root):
+    build_demo(root, dict(train=40, val=3, test=3), swin_steps=3, llama_steps=3)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_demo_is_deterministic_and_ordinary(tmp_path, capsys):
+    """The same bytes twice; a data root and two Hugging Face folders like any other; no trace of the build's other name."""
+    state = torch.get_rng_state()
+    first, second = small_demo(tmp_path / "a"), small_demo(tmp_path / "b")
+    assert first == second and len(first) > 80 and torch.equal(state, torch.get_rng_state())
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
+    data = Data(root=str(tmp_path / "a"), dataset="demo")
+    splits = read_studies(data)
+    assert {len(study.image_paths) for study in splits["train"]} == {1, 2}
+    model = load_model(parse_config(dict(model=dict(vision=str(tmp_path / "a/swin"), llm=str(tmp_path / "a/llama")),
+                                         data=dict(root=data.root, dataset="demo"))))
+    view = read_image(tmp_path / "a/images" / splits["test"][0].image_paths[0], model.image_size)
+    assert model.encode(view[None], [1]).shape == (1, TOKENS, 192)
+
+
+def test_demo_reports_name_just_the_findings_of_their_study(tmp_path):
+    """findings.json, its phrases and the drawn reports agree on every study: a perfect report scores F1 1."""
+    rng, spec = np.random.default_rng(0), {"phrases": {name: row[4] for name, row in DEMO_FINDINGS.items()}}
+    sizes = {size: [size, grade] for size, grade in zip(("small", "moderate", "large"), ("mild", "moderate", "severe"))}
+    spec |= {"sides": {"left": ["left"], "right": ["right"]}, "extents": sizes}
+    counts = Counter()
+    for _ in range(2000):
+        findings = draw_findings(rng)
+        named = named_findings(clean_iu_xray(write_report(findings, rng)), spec)
+        assert named == {f["finding"]: (f["side"], f["extent"]) for f in findings}
+        counts.update(named.keys() or ["none"])
+    assert counts["effusion"] > 5 * counts["granuloma"] > 0 and counts["none"] > 300  # long-tailed, and many are normal
+
+
+def test_demo_films_show_the_finding_on_its_side():
+    """Each finding changes its own side of the frontal view, and a small part of it; the left of the patient is right."""
+    body = np.random.default_rng(1).random(24)
+    plain = draw_film([], False, body, np.random.default_rng(2)).astype(float)
+    for name in ("effusion", "pneumothorax", "atelectasis", "nodule", "rib fracture", "granuloma"):
+        for side, half in (("left", slice(48, 96)), ("right", slice(0, 48))):
+            film = draw_film([dict(finding=name, side=side, extent="moderate")], False, body, np.random.default_rng(2))
+            changed = np.abs(film - plain) > 12
+            assert changed[:, half].sum() > 0.9 * changed.sum() > 0, (name, side)
+            assert changed.mean() < 0.12, name
+    areas = [np.abs(draw_film([dict(finding="effusion", side="left", extent=e)], False, body, np.random.default_rng(2)) - plain).sum()
+             for e in ("small", "moderate", "large")]
+    assert areas == sorted(areas) and areas[2] > 2 * areas[0]

@@ -4,9 +4,9 @@ import torch
 from peft import LoraConfig, get_peft_model  # noqa: F401  (a clear error here if peft is not installed)
 from transformers import LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel
 
-from configs import load_config
+from configs import PROMPT, load_config
 from conftest import REPORTS, make_tokenizer
-from model import PROMPT_AFTER, PROMPT_BEFORE, VDGen, embed_reports, read_checkpoint
+from model import VDGen, embed_reports, read_checkpoint
 
 
 def make_batch(model, reports=REPORTS[:4], views=(2, 1, 3, 1), seed=0):
@@ -69,10 +69,10 @@ def test_prompt_is_that_of_section_3_4(make_model):
     model = make_model().eval()
     visual_tokens = model.encode(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [1, 1])
     prompt, embed = model.embed_prompt(visual_tokens), model.causal_lm.get_input_embeddings()
-    assert PROMPT_BEFORE + PROMPT_AFTER == ("Human: <img></img> Generate a comprehensive and detailed diagnosis report "
+    assert "".join(PROMPT) == ("Human: <img></img> Generate a comprehensive and detailed diagnosis report "
                                             "for this chest X-ray image.\nAssistant:")
-    before = [model.bos_id] + model.tokenizer(PROMPT_BEFORE, add_special_tokens=False).input_ids
-    after = model.tokenizer(PROMPT_AFTER, add_special_tokens=False).input_ids
+    before = [model.bos_id] + model.tokenizer(PROMPT[0], add_special_tokens=False).input_ids
+    after = model.tokenizer(PROMPT[1], add_special_tokens=False).input_ids
     S = visual_tokens.shape[1]
     assert prompt.shape == (2, len(before) + S + len(after), 32) and S == 16
     assert torch.equal(prompt[0, :len(before)], embed(torch.tensor(before)))
