@@ -36,6 +36,7 @@ CASES = {
     "empty": (dict.fromkeys(reports(5, 2), ""), reports(5, 3)),
     "equal": (reports(9, 4), reports(9, 4)),
     "single study": ({"a": "lungs are clear ."}, {"a": "the lungs are clear ."}),
+    "longer than the reference": ({"a": "the lungs are clear . no effusion ."}, {"a": "the lungs are clear ."}),
     "one word": ({"a": "clear", "b": "heart"}, {"a": "clear", "b": "clear"}),
 }
 
