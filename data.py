@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -52,7 +52,7 @@ def clean_iu_xray(report: str) -> str:
 
 
 def clean_mimic_cxr(report: str) -> str:
-    """A15: R2Gen's cleaning of a MIMIC-CXR report: line breaks and runs of `_`, blanks and dots first, then as IU-Xray."""
+    """A15: R2Gen's cleaning of a MIMIC-CXR report: line breaks, runs of `_`, blanks and dots, then as IU-Xray."""
     report = report.replace("\n", " ")
     for pair, times in (("__", 7), ("  ", 6), ("..", 8)):
         for _ in range(times):
@@ -77,7 +77,7 @@ def read_studies(data: configs.Data) -> dict[str, list[Study]]:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("train"), list) or set(tree) - set(SPLITS):
-        raise ValueError(f"{path}: expected {{'train': [...], 'val': [...], 'test': [...]}} (val and test may be missing)")
+        raise ValueError(f"{path}: expected {{'train': [...], 'val': [...], 'test': [...]}} (val, test may be missing)")
     seen, splits = set(), {}
     for split in SPLITS:
         entries = tree.get(split, [])
@@ -122,7 +122,7 @@ def read_image(path: str | Path, size: int) -> Tensor:
             pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path}: not a whole PNG or JPEG image ({error})") from None
     pixels = torch.from_numpy(pixels.copy())
     return pixels.expand(3, size, size) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
@@ -160,8 +160,7 @@ def collate(items: list[dict]) -> dict:
     right to the longest report, report_lengths (B,).
     """
     reports = [torch.tensor(item["report_ids"]) for item in items]
-    return {"ids": [item["id"] for item in items],
-            "reports": [item["report"] for item in items],
+    return {"ids": [item["id"] for item in items], "reports": [item["report"] for item in items],
             "images": torch.cat([item["images"] for item in items]),
             "view_counts": [len(item["images"]) for item in items],
             "report_ids": torch.nn.utils.rnn.pad_sequence(reports, batch_first=True),
@@ -176,53 +175,10 @@ def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[
 
 
 # The demo: drawn films and reports, and two small pretrained models -------------------------------------------------
-
 DEMO_SEED, PIXELS, TOKENS = 7, 96, 36
 DEMO_SPLITS = {"train": 2400, "val": 100, "test": 300}
-EXTENTS = ("small", "moderate", "large")
-SIZE_WORDS, GRADE_WORDS = ("small", "moderate", "large"), ("mild", "moderate", "severe")
-# name: (frequency, region, has a side, extent words, phrases that name it, wordings from common to rare)
-DEMO_FINDINGS = {
-    "effusion": (.28, "pleura", True, SIZE_WORDS, ["effusion"], [
-        "there is a {e} {s} pleural effusion with blunting of the costophrenic angle",
-        "{e} pleural effusion is seen layering at the {s} base", "the {s} hemithorax holds a {e} effusion"]),
-    "cardiomegaly": (.24, "heart", False, GRADE_WORDS, ["cardiomegaly", "enlarged"], [
-        "there is {e} cardiomegaly with prominence of the cardiac apex",
-        "the cardiac silhouette is enlarged to a {e} degree", "{e} cardiomegaly is again seen"]),
-    "opacity": (.20, "lung", True, SIZE_WORDS, ["opacity", "consolidation"], [
-        "a {e} airspace opacity in the {s} lung is concerning for pneumonia",
-        "{e} patchy consolidation is present in the {s} lung", "there is {e} {s} sided consolidation"]),
-    "atelectasis": (.16, "lung", True, None, ["atelectasis"], [
-        "linear bands at the {s} lung base represent subsegmental atelectasis",
-        "{s} basilar discoid atelectasis is noted", "there is streaky atelectasis on the {s}"]),
-    "nodule": (.13, "lung", True, SIZE_WORDS, ["nodule"], [
-        "a {e} rounded nodule projects over the {s} lung and needs computed tomography",
-        "there is a {e} well defined nodule in the {s} lung", "{e} solitary nodule is seen on the {s}"]),
-    "edema": (.09, "lung", False, GRADE_WORDS, ["edema"], [
-        "bilateral perihilar haze is consistent with {e} pulmonary edema",
-        "there is {e} vascular congestion and interstitial edema", "{e} edema is noted"]),
-    "pneumothorax": (.08, "pleura", True, SIZE_WORDS, ["pneumothorax"], [
-        "a {e} {s} apical pneumothorax is present with a visible pleural line",
-        "there is a {e} pneumothorax on the {s} side", "{e} {s} pneumothorax"]),
-    "pacemaker": (.07, "device", True, None, ["pacemaker"], [
-        "a {s} chest wall pacemaker has its leads in the expected position",
-        "{s} subclavian dual lead pacemaker is in place", "there is a pacemaker on the {s}"]),
-    "rib fracture": (.05, "bone", True, None, ["fracture"], [
-        "there is a healing {s} lateral rib fracture with callus formation",
-        "an old displaced fracture of a {s} rib is noted", "{s} rib fracture"]),
-    "granuloma": (.03, "lung", True, None, ["granuloma"], [
-        "a dense calcified granuloma is unchanged in the {s} lung",
-        "there is a {s} lung granuloma from old disease", "{s} calcified granuloma"]),
-}
-NORMAL = {
-    "heart": ["the heart size and mediastinal contours are within normal limits",
-              "the cardiomediastinal silhouette is normal in size and configuration", "heart size is normal",
-              "the heart and mediastinum are unremarkable", "normal heart size"],
-    "lung": ["the lungs are clear bilaterally without focal airspace disease", "the lungs are well expanded and clear",
-             "both lungs show a normal aeration and vascularity", "lungs are clear"],
-    "bone": ["no acute bony abnormality is identified", "the osseous structures of the thorax are intact",
-             "the visualized skeleton is unremarkable", "bony structures are intact"],
-}
+DEMO_REPORTS = json.loads((Path(configs.__file__).parent / "demo_reports.json").read_text(encoding="utf-8"))
+DEMO_FINDINGS, EXTENTS = DEMO_REPORTS["findings"], DEMO_REPORTS["extents"]["size"]  # small, moderate, large
 
 
 def choose(options: list[str], rng: np.random.Generator, skew: float = 3.0) -> str:
@@ -233,29 +189,29 @@ def choose(options: list[str], rng: np.random.Generator, skew: float = 3.0) -> s
 
 def draw_findings(rng: np.random.Generator) -> list[dict]:
     """At most three findings, each present independently of the others."""
-    present = [n for n, spec in DEMO_FINDINGS.items() if rng.random() < spec[0]]
-    return [{"finding": n, "side": str(rng.choice(["left", "right"])) if DEMO_FINDINGS[n][2] else None,
-             "extent": str(rng.choice(EXTENTS)) if DEMO_FINDINGS[n][3] else None} for n in present[-3:]]
+    present = [name for name, spec in DEMO_FINDINGS.items() if rng.random() < spec["frequency"]]
+    return [{"finding": name, "side": str(rng.choice(["left", "right"])) if DEMO_FINDINGS[name]["sided"] else None,
+             "extent": str(rng.choice(EXTENTS)) if DEMO_FINDINGS[name]["extents"] else None} for name in present[-3:]]
 
 
 def write_report(findings: list[dict], rng: np.random.Generator) -> str:
     """Sentences by region: what is present, else the normal statement; two neighbours change places at times."""
-    names = {f["finding"] for f in findings}
+    absent = [name for name in ("effusion", "pneumothorax") if name not in {f["finding"] for f in findings}]
     regions = []
     for region in ("heart", "lung", "pleura", "bone", "device"):
         sentences = []
         for f in findings:
-            _, where, _, words, _, wordings = DEMO_FINDINGS[f["finding"]]
-            if where == region:
+            spec = DEMO_FINDINGS[f["finding"]]
+            if spec["region"] == region:
+                words = DEMO_REPORTS["extents"].get(spec["extents"])
                 extent = words and words[EXTENTS.index(f["extent"])]
-                sentences.append(choose(wordings, rng).format(s=f["side"], e=extent))
-        if region == "pleura":
-            absent = [n for n in ("effusion", "pneumothorax") if n not in names]
-            if absent:
-                sentences.append(choose(["there is no {}", "no {} is seen", "no evidence of {}"], rng, 1.6).format(
-                    " or ".join(absent).replace("effusion", "pleural effusion")))
-        elif not sentences and region in NORMAL and not (region == "bone" and findings and rng.random() < .6):
-            sentences.append(choose(NORMAL[region], rng, 1.6))
+                sentences.append(choose(spec["wordings"], rng).format(s=f["side"], e=extent))
+        normal = DEMO_REPORTS["normal"].get(region)
+        if region == "pleura" and absent:
+            named = " or ".join(absent).replace("effusion", "pleural effusion")
+            sentences.append(choose(DEMO_REPORTS["absent"], rng, 1.6).format(named))
+        elif normal and not sentences and not (region == "bone" and findings and rng.random() < .6):
+            sentences = [choose(normal, rng, 1.6)]
         regions.append(sentences)
     if rng.random() < .25:
         swap = rng.integers(3)
@@ -305,9 +261,8 @@ def draw_film(findings: list[dict], lateral: bool, body: np.ndarray, rng: np.ran
             rise = (.35 - .55 * (x - .5)) if lateral else .30 * np.abs(x - .5) + .5 * np.maximum(np.abs(x - .5) - .25, 0)
             rib = soft(np.abs(y - .13 - .085 * k - rise + (.25 if lateral else 0)) - .010, .02)
             film += (.05 if lateral else .055) * rib * ellipse(cx, .5, width + .03, .43, .03)
-            a, r = rng.random() * 6.3, .05 + .13 * rng.random()
-            hx, hy = (cx, .47) if lateral else (cx - side * .09, .47)
-            film += .05 * lung * stroke(hx, hy, hx + r * np.cos(a) * .7, hy + r * np.sin(a), .004)
+            a, r, hx = rng.random() * 6.3, .05 + .13 * rng.random(), cx - side * .09
+            film += .05 * lung * stroke(hx, .47, hx + r * np.cos(a) * .7, .47 + r * np.sin(a), .004)
         if "effusion" in has and (lateral or side == sign("effusion")):
             outer = (x - cx) / width * (1 if lateral else side)                            # the fluid's meniscus
             level = floor + .015 - (.06, .14, .25)[has["effusion"][1]] * (.35 + .65 * np.clip(outer + .3, 0, 1.3) ** 2)
@@ -319,16 +274,14 @@ def draw_film(findings: list[dict], lateral: bool, body: np.ndarray, rng: np.ran
             film += lung * soft(-d * .15, .01) * soft(y - .62) * (.10 - film) * .85
             film += .22 * lung * soft(np.abs(d) * .15 - .005, .01) * soft(y - .62)
         if "edema" in has:
-            strength = (.14, .22, .32)[has["edema"][1]]
-            hx = cx - side * .06
-            film += strength * lung * np.exp(-((x - hx) / .13) ** 2 - ((y - .48) / .16) ** 2) * (1 + .2 * rng.standard_normal(x.shape))
+            haze = np.exp(-((x - cx + side * .06) / .13) ** 2 - ((y - .48) / .16) ** 2)
+            film += (.14, .22, .32)[has["edema"][1]] * lung * haze * (1 + .2 * rng.standard_normal(x.shape))
         if "atelectasis" in has and (lateral or side == sign("atelectasis")):
             for k in range(1 + (body[6] > .5)):
                 ay, ax = floor - .10 - .05 * k - .03 * body[7], cx + (.10 if lateral else .01 * side)
                 film += .34 * cavity * stroke(ax - .07, ay, ax + .07, ay + .05 * (body[8] - .5), .012)
         if "rib fracture" in has and side == sign("rib fracture"):                         # seen from the front
-            k = int(1 + 4 * body[9])
-            fx, fy = .5 + side * .29, .13 + .085 * k + .107
+            fx, fy = .5 + side * .29, .237 + .085 * int(1 + 4 * body[9])
             film += .50 * stroke(fx - .025, fy - .025 * side, fx + .025, fy + .005 * side, .012, .02)
             film -= .35 * stroke(fx - .012, fy + .03, fx + .012, fy - .03, .004)
     mx = x - bend * np.cos((y - .45) * 7)
@@ -383,20 +336,23 @@ def draw_studies(root: Path, studies: dict[str, int]) -> tuple[dict, dict]:
 
 
 def draw_shapes(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generic shapes on clutter, (count,1,96,96), and the kinds, sizes and signs that each of 6x6 cells holds, (count,11,6,6)."""
+    """Generic shapes on clutter, (count, 1, 96, 96), and which kinds, sizes and signs each cell holds, (count, 11, 6, 6)."""
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(shape, generator=generator)
 
-    grid = (torch.arange(PIXELS) + .5) / PIXELS
     def local(n):                                            # turned coordinates around n random centres
-        x, y, a = grid - uniform(0, 1, count, n, 1, 1), grid[:, None] - uniform(0, 1, count, n, 1, 1), uniform(0, 6.3, count, n, 1, 1)
-        return x * a.cos() + y * a.sin(), y * a.cos() - x * a.sin()
+        x, y = grid - uniform(0, 1, count, n, 1, 1), grid[:, None] - uniform(0, 1, count, n, 1, 1)
+        angle = uniform(0, 6.3, count, n, 1, 1)
+        return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+
+    grid = (torch.arange(PIXELS) + .5) / PIXELS
 
     image = uniform(.1, .6, count, 1, 1, 1).expand(-1, -1, PIXELS, PIXELS).clone()
     u, v = local(4)                                          # clutter: large ellipses, bands and noise, unlabelled
     big = ((u / uniform(.15, .5, count, 4, 1, 1)) ** 2 + (v / uniform(.1, .4, count, 4, 1, 1)) ** 2 - 1).mul(-4).sigmoid()
     image += (big * uniform(-.2, .2, count, 4, 1, 1)).sum(1, keepdim=True)
-    image += (uniform(0, .05, count, 4, 1, 1) * (u * uniform(10, 90, count, 4, 1, 1)).sin().clamp(min=0))[:, :2].sum(1, keepdim=True)
+    bands = uniform(0, .05, count, 4, 1, 1) * (u * uniform(10, 90, count, 4, 1, 1)).sin().clamp(min=0)
+    image += bands[:, :2].sum(1, keepdim=True)
     for cells in (4, 12, 48):
         noise = torch.randn(count, 1, cells, cells, generator=generator) * uniform(0, .06, count, 1, 1, 1)
         image += F.interpolate(noise, (PIXELS, PIXELS), mode="bilinear")
@@ -416,42 +372,48 @@ def draw_shapes(count: int, generator: torch.Generator) -> tuple[torch.Tensor, t
     return image.clamp(0, 1), (cells[:, :, None] * traits[..., None, None]).amax(1)
 
 
-def pretrain_swin(folder: Path, steps: int, batch: int = 32) -> None:
-    """The stand-in for ImageNet: name the generic shapes in each cell. No film, finding or report is used."""
-    from transformers import SwinConfig, SwinModel, ViTImageProcessor
-    torch.manual_seed(DEMO_SEED)
-    generator = torch.Generator().manual_seed(DEMO_SEED)
-    swin = SwinModel(SwinConfig(image_size=PIXELS, patch_size=4, embed_dim=48, depths=[1, 1, 2], num_heads=[2, 4, 6],
-                                window_size=6, use_absolute_embeddings=True, drop_path_rate=0.0,
-                                initializer_range=.06),
-                     add_pooling_layer=False)
-    head = torch.nn.Linear(swin.config.hidden_size, 11)
-    pool = [draw_shapes(64, generator) for _ in tqdm(range(max(1, steps // 19)), "drawing shapes")]
-    images, labels = (torch.cat(parts) for parts in zip(*pool))
-    parameters = [*swin.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(.9, .95), weight_decay=.05)
+def pretrain(what: str, parameters: list, steps: int, loss_of, beta2: float) -> None:
+    """AdamW under a one-cycle schedule; `loss_of(step)` draws its batch."""
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(.9, beta2), weight_decay=.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=.1)
-    for step in (bar := tqdm(range(steps), "pretraining the Swin")):
-        rows = torch.randint(len(images), (batch,), generator=generator)
-        flips = [d for d in (2, 3) if torch.rand((), generator=generator) < .5]    # shapes have no left and right
-        x = images[rows].flip(flips).expand(-1, 3, -1, -1)
-        target = labels[rows].flip(flips).flatten(2).mT
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = head(swin((x - .35) / .2).last_hidden_state)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), target)
+    for step in (bar := tqdm(range(steps), f"pretraining the {what}")):
+        loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 25 == 0: bar.set_postfix(loss=f"{loss.item():.4f}")
+        if step % 25 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def pretrain_swin(folder: Path, steps: int, batch: int = 32) -> None:
+    """The stand-in for ImageNet: name the generic shapes in each cell. No film, finding or report is used."""
+    from transformers import SwinConfig, SwinModel, ViTImageProcessor
+    torch.manual_seed(DEMO_SEED)
+    generator = torch.Generator().manual_seed(DEMO_SEED)
+    swin = SwinModel(SwinConfig(
+        image_size=PIXELS, patch_size=4, embed_dim=48, depths=[1, 1, 2], num_heads=[2, 4, 6], window_size=6,
+        use_absolute_embeddings=True, drop_path_rate=0.0, initializer_range=.06), add_pooling_layer=False)
+    head = torch.nn.Linear(swin.config.hidden_size, 11)
+    pool = [draw_shapes(64, generator) for _ in tqdm(range(max(1, steps // 19)), "drawing shapes")]
+    images, labels = (torch.cat(parts) for parts in zip(*pool))
+
+    def loss_of(step: int) -> Tensor:
+        rows = torch.randint(len(images), (batch,), generator=generator)
+        flips = [d for d in (2, 3) if torch.rand((), generator=generator) < .5]  # shapes have no left and right
+        x, target = images[rows].flip(flips).expand(-1, 3, -1, -1), labels[rows].flip(flips).flatten(2).mT
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = head(swin((x - .35) / .2).last_hidden_state)
+        return F.binary_cross_entropy_with_logits(logits.float(), target)
+    pretrain("Swin", [*swin.parameters(), *head.parameters()], steps, loss_of, beta2=.95)
     swin.save_pretrained(folder)
-    ViTImageProcessor(size={"height": PIXELS, "width": PIXELS}, image_mean=[.35] * 3, image_std=[.2] * 3).save_pretrained(folder)
+    ViTImageProcessor(size=dict(height=PIXELS, width=PIXELS), image_mean=[.35] * 3, image_std=[.2] * 3).save_pretrained(folder)
 
 
 def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32) -> None:
-    """A language model of the training reports, three in four behind a prompt whose image slots hold noisy sums of some of
-    its own words: so it has what a chat model has, the habit of using what its prompt says. No image is used."""
+    """A language model of the training reports, seven batches in eight behind a prompt whose image slots hold a noisy sum
+    of some of the report's own words: the habit of a chat model, to use what its prompt says. No image is used."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     torch.manual_seed(DEMO_SEED)
@@ -463,40 +425,35 @@ def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tokenizer.save_pretrained(folder)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=3, num_attention_heads=4,
-                                         intermediate_size=512, max_position_embeddings=512, tie_word_embeddings=True,
-                                         bos_token_id=0, eos_token_id=1, pad_token_id=2))
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512,
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2))
     before, after = (tokenizer(t, add_special_tokens=False).input_ids for t in configs.PROMPT)
     texts = [tokenizer(r, add_special_tokens=False).input_ids for r in reports]
     seen = np.bincount(np.concatenate([np.unique(t) for t in texts]), minlength=len(tokenizer))
     weight = np.log(len(texts) / seen.clip(1)).clip(1e-6)      # words that tell reports apart are hinted at more often
-    optimizer = torch.optim.AdamW(llama.parameters(), lr=2e-3, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=.1)
     embed, start = llama.model.embed_tokens, 1 + len(before)
-    for step in (bar := tqdm(range(steps), "pretraining the Llama")):
+
+    def loss_of(step: int) -> Tensor:
         rows = rng.choice(len(texts), batch, replace=False)
         prompt = [0, *before, *[2] * TOKENS, *after] if step % 8 else [0]
-        length = max(len(texts[i]) for i in rows) + 1
-        ids = torch.tensor([prompt + texts[i] + [1] + [2] * (length - 1 - len(texts[i])) for i in rows])
-        labels = torch.tensor([[-100] * len(prompt) + texts[i] + [1] + [-100] * (length - 1 - len(texts[i])) for i in rows])
+        ends, longest = [texts[i] + [1] for i in rows], 1 + max(len(texts[i]) for i in rows)
+        ids = torch.tensor([prompt + end + [2] * (longest - len(end)) for end in ends])
+        labels = torch.tensor([[-100] * len(prompt) + end + [-100] * (longest - len(end)) for end in ends])
         inputs = embed(ids)
         if step % 8:
             hints = torch.zeros(batch, 1, len(tokenizer))
             for b, i in enumerate(rows):
                 words = np.unique(texts[i])
-                words = rng.choice(words, min(rng.integers(0, 9), len(words)), replace=False, p=weight[words] / weight[words].sum())
-                hints[b, 0, words] = torch.rand(len(words), generator=generator) * 1.0
+                count, chance = min(rng.integers(0, 9), len(words)), weight[words] / weight[words].sum()
+                words = rng.choice(words, count, replace=False, p=chance)
+                hints[b, 0, words] = torch.rand(len(words), generator=generator)
             noise = (torch.randn(batch, n, 192, generator=generator) * sd for n, sd in ((1, .3), (TOKENS, 1.0)))
             slots = hints @ embed.weight + embed.weight.detach().std() * sum(noise)
             inputs = torch.cat([inputs[:, :start], slots, inputs[:, start + TOKENS:]], 1)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = llama(inputs_embeds=inputs, labels=labels).loss                      # padding follows: no mask needed
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 25 == 1: bar.set_postfix(loss=f"{loss.item():.3f}")
+            return llama(inputs_embeds=inputs, labels=labels).loss  # padding follows: no mask needed
+    pretrain("Llama", list(llama.parameters()), steps, loss_of, beta2=.999)
     llama.save_pretrained(folder)
 
 
@@ -512,9 +469,10 @@ def build_demo(root: Path, studies: dict[str, int] = DEMO_SPLITS, swin_steps: in
         pretrain_swin(building / "swin", swin_steps)
         pretrain_llama(building / "llama", [clean_iu_xray(s["report"]) for s in annotation["train"]], llama_steps)
     (building / "findings.json").write_text(json.dumps({
-        "phrases": {name: spec[4] for name, spec in DEMO_FINDINGS.items()},
+        "phrases": {name: spec["phrases"] for name, spec in DEMO_FINDINGS.items()},
         "sides": {"left": ["left"], "right": ["right"]},
-        "extents": {size: sorted({size, grade}) for size, grade in zip(EXTENTS, GRADE_WORDS)}, "studies": truth}))
+        "extents": {size: sorted({size, grade}) for size, grade in zip(*DEMO_REPORTS["extents"].values())},
+        "studies": truth}))
     (building / "annotation.json").write_text(json.dumps(annotation))
     building.rename(root)
 

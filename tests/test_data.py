@@ -188,7 +188,7 @@ def test_demo_is_deterministic_and_ordinary(tmp_path, capsys):
 
 def test_demo_reports_name_just_the_findings_of_their_study(tmp_path):
     """findings.json, its phrases and the drawn reports agree on every study: a perfect report scores F1 1."""
-    rng, spec = np.random.default_rng(0), {"phrases": {name: row[4] for name, row in DEMO_FINDINGS.items()}}
+    rng, spec = np.random.default_rng(0), {"phrases": {name: row["phrases"] for name, row in DEMO_FINDINGS.items()}}
     sizes = {size: [size, grade] for size, grade in zip(("small", "moderate", "large"), ("mild", "moderate", "severe"))}
     spec |= {"sides": {"left": ["left"], "right": ["right"]}, "extents": sizes}
     counts = Counter()
