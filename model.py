@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer,
+                          GenerationConfig)
 
 from configs import PROMPT, Config
 from losses import did_loss, report_loss, vse_loss
@@ -167,7 +168,6 @@ def load_model(config: Config) -> VDGen:
         raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; both are needed (A9)")
     width = None
     if names.teacher is not None and config.loss.did_weight:
-        from transformers import AutoConfig
         width = _pretrained(AutoConfig, names.teacher, "model.teacher").hidden_size
     return VDGen(config, vision, llm, tokenizer, width, processor.image_mean, processor.image_std)
 

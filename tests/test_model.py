@@ -1,7 +1,6 @@
 """The model: what reaches which loss, what trains and what stays, and the sizes of the paper."""
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model  # noqa: F401  (a clear error here if peft is not installed)
 from transformers import LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel
 
 from configs import PROMPT, load_config
@@ -150,7 +149,6 @@ def reached(model, term):
 def test_gradient_of_each_term_ends_where_the_paper_says(make_model):
     model = make_model().train()
     batch = make_batch(model)
-    batch["teacher_embed"].requires_grad_(False)
     assert reached(model, model(**batch)["did"]) == {"vision", "norm", "did_head"}    # not the teacher, not the LLM
     assert reached(model, model(**batch)["vse"]) == {"vision", "norm", "vse_head"}
     assert reached(model, model(**batch)["report"]) == {"vision", "norm", "visual_projection", "lora"}
@@ -171,7 +169,7 @@ def test_ablations_build_nothing_that_they_do_not_use(make_model):
 def test_vse_reading_of_a1_is_a_switch(make_model):
     plain, ours = (make_model(f"loss.vse_self_in_denominator={flag}").eval() for flag in ("true", "false"))
     batch = make_batch(ours)
-    assert plain(**batch)["vse"] > 0 > ours(**batch)["vse"] - torch.tensor(3.0).log() + 0.01
+    assert plain(**batch)["vse"].item() > ours(**batch)["vse"].item() + 0.1  # one more term in each denominator
 
 
 def test_teacher_is_the_llm_without_lora_on_the_report_alone(make_model):
