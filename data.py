@@ -108,23 +108,26 @@ def _study(entry, place: str, clean, seen: set) -> Study:
     return Study(name, clean(report), tuple(paths))
 
 
-def read_image(path: str | Path, size: int) -> Tensor:
-    """A24: one view as (3, size, size) uint8, bicubic and antialiased, aspect not kept; grey repeated to three channels.
+def open_image(path: str | Path) -> Image.Image:
+    """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum.
 
     Raises FileNotFoundError, or ValueError for a file that is no whole image.
     """
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # 16 bit, or 32: scaled by its own maximum
+            if image.mode[0] in "IF":  # 16 bit, or 32
                 values = np.asarray(image, dtype=np.float32).clip(min=0)
                 image = Image.fromarray((values * (255 / max(values.max(), 1))).round().astype(np.uint8))
-            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-            pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+            return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path}: not a whole PNG or JPEG image ({error})") from None
-    pixels = torch.from_numpy(pixels.copy())
+
+
+def read_image(path: str | Path, size: int) -> Tensor:
+    """A24: one view as (3, size, size) uint8, bicubic and antialiased, aspect not kept; grey in three channels."""
+    pixels = torch.from_numpy(np.array(open_image(path).resize((size, size), Image.Resampling.BICUBIC)))
     return pixels.expand(3, size, size) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
@@ -133,8 +136,7 @@ class ReportDataset(Dataset):
 
     A report of at most `max_report_tokens` tokens ends in the end token; a longer one is cut and does not (A20, A23).
 
-    Item: {"id": str, "report": str, "images": (V, 3, H, W) uint8, "report_ids": list of token
-    ids}.
+    Item: {"id": str, "report": str, "images": (V, 3, H, W) uint8, "report_ids": list of token ids}.
     """
 
     def __init__(self, studies: list[Study], root: str | Path, image_size: int, tokenizer, max_report_tokens: int):

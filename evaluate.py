@@ -1,12 +1,15 @@
 """Generate the reports of a split, score them, and write what was found beside the checkpoint (Sec. 4.1.3, Table 1).
 
-    python evaluate.py --checkpoint runs/iu_xray/best.pt [--split test] [--set section.key=value ...]
+    python evaluate.py --checkpoint runs/iu_xray/best.pt [--split test] [--chexbert chexbert.pth] [--set section.key=value ...]
     python evaluate.py --predictions runs/iu_xray/test_predictions.jsonl         # score again, no model needed
+    python evaluate.py --predictions theirs.json --config configs/iu_xray.yaml   # {id: text} or {id: [text]}
     python evaluate.py --checkpoint runs/iu_xray/best.pt --images frontal.png lateral.png    # write one report
 
 The scores equal pycocoevalcap's on the same strings. References are cleaned when the data is read; nothing here cleans.
 """
 import argparse
+import base64
+import io
 import json
 import math
 import random
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,15 +30,21 @@ from nltk.util import ngrams
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import configs
 from configs import Config, load_config, parse_config
-from data import ReportDataset, Study, build_demo_if_missing, collate, read_image, read_studies
-from model import VDGen, load_model, read_checkpoint
+from data import ReportDataset, Study, build_demo_if_missing, collate, open_image, read_image, read_studies
+from model import CONDITIONS, VDGen, chexbert_labeller, load_model, read_checkpoint
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
-PAPER = {  # Table 1, the rows of VDGen; both on the test split
+PAPER = {  # Tables 1 and 3, the rows of VDGen; all on the test split
     "iu_xray": dict(zip(METRICS, (0.491, 0.325, 0.230, 0.169, 0.195, 0.362, 0.386))),
-    "mimic_cxr": dict(zip(METRICS, (0.418, 0.274, 0.190, 0.136, 0.164, 0.301, 0.162))),
+    "mimic_cxr": dict(zip(METRICS, (0.418, 0.274, 0.190, 0.136, 0.164, 0.301, 0.162)))
+    | {"clinical": {"precision": 0.426, "recall": 0.397, "f1": 0.402}},
 }
+FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # the usual five of CheXpert
+HEADLINE = ("uncertain_negative", "14", "macro")  # A17: how R2Gen counts, whose rows the paper's Table 3 starts from
+MEANS = ("micro", "macro", "example")
+PAGE_CASES, PAGE_PIXELS = 60, 352  # studies on the page, and the longer side of a view: under 3 MB with two views
 METEOR_SECONDS = 600  # looping text of a badly trained model can keep the aligner of METEOR busy for ever
 NEGATIONS = {"no", "not", "without", "free"}  # a sentence with one of them names no finding
 
@@ -122,10 +132,14 @@ class CiderD:
         return weights, [math.sqrt(sum(w * w for w in vector.values())) for vector in weights], counts[1].total()
 
     def __call__(self, predictions: list[str]) -> float:
-        """Mean over the studies, in the order of the references."""
+        """Mean over the studies."""
+        return float(np.mean(self.each(predictions)))
+
+    def each(self, predictions: list[str]) -> list[float]:
+        """One value a study, in the order of the references."""
         vector = lru_cache(maxsize=1000)(self._vector)  # a constant report is one vector
-        return float(np.mean([self._similarity(vector(text), reference)
-                              for text, reference in zip(predictions, self.references, strict=True)]))
+        return [self._similarity(vector(text), reference)
+                for text, reference in zip(predictions, self.references, strict=True)]
 
     @staticmethod
     def _similarity(ours, theirs, sigma: float = 6.0) -> float:
@@ -191,7 +205,36 @@ def best_constant(train_reports: list[str]) -> str:
     return max(tqdm(candidates, desc="best constant", leave=False), key=value)
 
 
-# Findings, for data that comes with findings.json ---------------------------------------------------------------------
+# Clinical efficacy (Table 3), and findings for data that comes with findings.json -------------------------------------
+
+def precision_recall_f1(named: np.ndarray, true: np.ndarray, labels: list[str]) -> dict:
+    """Precision, recall and F1 of (N, L) bool matrices, N studies and L labels; 0 / 0 is 0, as in R2Gen and its heirs.
+
+    micro_*: of all pairs of study and label; macro_*: mean over the labels; example_*: mean over the studies;
+    each: for every label, with the number of studies in which it is true.
+    """
+    def scores(axis: int | None) -> tuple[np.ndarray, ...]:
+        both, ours, theirs = (named & true).sum(axis), named.sum(axis), true.sum(axis)
+        return both / np.maximum(ours, 1), both / np.maximum(theirs, 1), 2 * both / np.maximum(ours + theirs, 1)
+    keys = ("precision", "recall", "f1")
+    found = {f"{mean}_{key}": float(np.mean(value)) for mean, axis in zip(MEANS, (None, 0, 1))
+             for key, value in zip(keys, scores(axis))}
+    each = zip(labels, *(value.tolist() for value in scores(0)), true.sum(0).tolist())
+    return found | {"each": {label: dict(zip((*keys, "studies"), row)) for label, *row in each}}
+
+
+def score_clinical(predictions: list[list[int]], references: list[list[int]]) -> dict:
+    """Table 3 from the classes of CheXbert, (N, 14) each: both readings of "uncertain", with 14, 13 and 5 labels (A17).
+
+    Returns: {"uncertain_negative" | "uncertain_positive": {"14" | "13" | "5": see `precision_recall_f1`}}; "13" is
+    without No Finding. The headline, HEADLINE, is the macro average of 14 labels with uncertain as negative.
+    """
+    groups = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}
+    ours, theirs = np.array(predictions), np.array(references)
+    return {reading: {size: precision_recall_f1(np.isin(ours[:, columns], positive), np.isin(theirs[:, columns], positive), labels)
+                      for size, labels in groups.items() for columns in [[CONDITIONS.index(label) for label in labels]]}
+            for reading, positive in (("uncertain_negative", [1]), ("uncertain_positive", [1, 3]))}
+
 
 def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
     """{finding: (side, extent)} of a text, by the phrases of findings.json; a negated sentence names none."""
@@ -210,32 +253,19 @@ def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | N
 
 
 def score_findings(predictions: dict[str, str], spec: dict) -> dict:
-    """Precision, recall and F1 of findings, present or not: micro, macro (over findings), and for each finding.
+    """`precision_recall_f1` of findings, present or not.
 
     `side` and `extent` are apart: the share named right, of the findings that are there, were named, and have one.
     """
-    counts = {finding: Counter() for finding in spec["phrases"]}
-    right = {"side": [], "extent": []}
-    for name, text in predictions.items():
-        named, true = named_findings(text, spec), {f["finding"]: f for f in spec["studies"][name]}
-        for finding, count in counts.items():
-            count[finding in named, finding in true] += 1
-            if finding in named and finding in true:
-                for key, value in zip(("side", "extent"), named[finding]):
-                    if true[finding][key] is not None:
-                        right[key].append(value == true[finding][key])
-    each = {finding: _precision_recall_f1(c[True, True], c[True, False], c[False, True]) for finding, c in counts.items()}
-    micro = _precision_recall_f1(*(sum(c[key] for c in counts.values())
-                                   for key in ((True, True), (True, False), (False, True))))
-    found = {f"micro_{key}": micro[key] for key in ("precision", "recall", "f1")}
-    found |= {f"macro_{key}": float(np.mean([e[key] for e in each.values()])) for key in ("precision", "recall", "f1")}
-    found |= {key: float(np.mean(values)) if values else None for key, values in right.items()}
-    return found | {"each": each}
-
-
-def _precision_recall_f1(both: int, only_named: int, only_true: int) -> dict:
-    return {"precision": both / max(both + only_named, 1), "recall": both / max(both + only_true, 1),
-            "f1": 2 * both / max(2 * both + only_named + only_true, 1), "studies": both + only_true}
+    named = [named_findings(text, spec) for text in predictions.values()]
+    true = [{f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][name]} for name in predictions]
+    labels = list(spec["phrases"])
+    found = precision_recall_f1(*(np.array([[label in row for label in labels] for row in rows]) for rows in (named, true)), labels)
+    for i, key in enumerate(("side", "extent")):
+        right = [ours[label][i] == theirs[label][i] for ours, theirs in zip(named, true)
+                 for label in ours.keys() & theirs.keys() if theirs[label][i] is not None]
+        found[key] = float(np.mean(right)) if right else None
+    return found
 
 
 # An evaluation --------------------------------------------------------------------------------------------------------
@@ -254,18 +284,22 @@ def write_reports(model: VDGen, studies: list[Study]) -> dict[str, str]:
     return reports
 
 
-def measure(rows: list[dict], config: Config, split: str, train_reports: list[str]) -> dict:
+def measure(rows: list[dict], config: Config, split: str, train_reports: list[str],
+            label: Callable[[list[str]], list[list[int]]] | None = None) -> dict:
     """All scores of an evaluation, in the layout of `<split>_metrics.json`.
 
     Args:
         rows: one dict a study with id, prediction, reference and, if known, reference_cut (see `evaluate`).
         train_reports: cleaned; empty if the data is not at hand: there is no constant report then.
+        label: from reports to the classes of CheXbert (`chexbert_labeller`); without it there is no `clinical`.
     """
     notes: list[str] = []
     predictions = {row["id"]: row["prediction"] for row in rows}
     references = {row["id"]: row["reference"] for row in rows}
     constant = dict.fromkeys(predictions, best_constant(train_reports)) if train_reports else None
     cut = {row["id"]: row["reference_cut"] for row in rows if row.get("reference_cut") is not None}
+    findings = Path(config.data.root) / "findings.json"
+    spec = json.loads(findings.read_text(encoding="utf-8")) if findings.is_file() else None
 
     scored = []  # every table of scores, and the pairs that it is of
 
@@ -274,15 +308,19 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
         scored.append((scores, [(texts[name], against[name]) for name in against]))
         return scores
 
-    def both(texts: dict[str, str]) -> dict:
+    def tables(texts: dict[str, str]) -> dict:
         scores = table(texts, references)
         if cut:
             scores["cut_references"] = table(texts, cut)
+        if spec:
+            scores["findings"] = score_findings(texts, spec)
+        if label:
+            scores["clinical"] = {"headline": HEADLINE} | score_clinical(label(list(texts.values())), label(list(references.values())))
         return scores
-    metrics = both(predictions)
-    metrics["mean_words"] = {"predictions": float(np.mean([len(text.split()) for text in predictions.values()])),
-                             "references": float(np.mean([len(text.split()) for text in references.values()]))}
-    metrics["constant"] = both(constant) if constant else None
+    metrics = tables(predictions)
+    texts = {"predictions": predictions, "references": references} | ({"cut_references": cut} if cut else {})
+    metrics["mean_words"] = {name: float(np.mean([len(text.split()) for text in part.values()])) for name, part in texts.items()}
+    metrics["constant"] = tables(constant) if constant else None
     if constant:
         metrics["constant"]["text"] = next(iter(constant.values()))
     try:
@@ -297,95 +335,201 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
         notes.append(f"constant: needs the training reports; there is no annotation in {config.data.root}")
     if not cut:
         notes.append("cut_references: need the tokenizer of the LLM; the predictions hold none")
-    findings = Path(config.data.root) / "findings.json"
-    if findings.is_file():
-        spec = json.loads(findings.read_text(encoding="utf-8"))
-        metrics["findings"] = score_findings(predictions, spec)
-        if constant:
-            metrics["constant"]["findings"] = score_findings(constant, spec)
     metrics["notes"] = notes
     return metrics
 
 
-def print_metrics(metrics: dict, split: str) -> None:
-    """The table: model, best constant report and paper side by side, under both protocols (A16)."""
+def print_metrics(metrics: dict, name: str) -> None:
+    """The tables: model, best constant report and paper side by side, under both protocols (A16)."""
     n, distinct, words = metrics["n"], metrics["distinct"], metrics["mean_words"]
-    print(f"\n{split}: {n} studies, {distinct} different reports ({distinct / n:.0%}), "
+    print(f"\n{name}: {n} studies, {distinct} different reports ({distinct / n:.0%}), "
           f"{words['predictions']:.1f} words a report (references {words['references']:.1f})")
-    rows = [("model", metrics), ("best constant report", metrics["constant"]), ("paper, VDGen", metrics["paper"])]
-    rows += [(f"{name}, cut references", row["cut_references"])
-             for name, row in rows[:2] if row and "cut_references" in row]
-    print(f"{'':<38}" + "".join(f"{key:>9}" for key in METRICS))
-    for name, row in rows:
-        print(f"{name:<38}" + "".join(f"{row[key]:9.3f}" if row and key in row else f"{'-':>9}" for key in METRICS))
+
+    def line(title: str, values) -> None:
+        print(f"{title:<38}" + "".join(f"{'-' if v is None else v if isinstance(v, (str, int)) else format(v, '.3f'):>10}" for v in values))
+
+    def means(part: dict, mean: str) -> list[float]:
+        return [part[f"{mean}_{key}"] for key in ("precision", "recall", "f1")]
+    constant, paper = metrics["constant"] or {}, metrics["paper"] or {}
+    rows = [("model", metrics), ("best constant report", constant), ("paper, VDGen", paper)]
+    rows += [(f"{title}, cut references", row["cut_references"]) for title, row in rows[:2] if "cut_references" in row]
+    line("", METRICS)
+    for title, row in rows:
+        line(title, [row.get(key) for key in METRICS])
     if "findings" in metrics:
-        found, constant = metrics["findings"], (metrics["constant"] or {}).get("findings")
-        print(f"\n{'findings':<38}{'precision':>9}{'recall':>9}{'F1':>9}{'studies':>9}")
-        for name, row in found["each"].items():
-            print(f"{name:<38}{row['precision']:9.3f}{row['recall']:9.3f}{row['f1']:9.3f}{row['studies']:9d}")
-        for name, part in (("", found), (", best constant report", constant)):
-            for mean in ("micro", "macro") if part else ():
-                print(f"{mean + name:<38}" + "".join(f"{part[f'{mean}_{key}']:9.3f}" for key in ("precision", "recall", "f1")))
+        found = metrics["findings"]
+        print()
+        line("findings", ("precision", "recall", "F1", "studies"))
+        for title, row in found["each"].items():
+            line(title, row.values())
+        for title, part in (("", found), (", best constant report", constant.get("findings"))):
+            for mean in MEANS[:2] if part else ():
+                line(mean + title, means(part, mean))
         print("of the findings named rightly: " + ", ".join(
             f"{key} right {'-' if found[key] is None else format(found[key], '.3f')}" for key in ("side", "extent")))
+    if "clinical" in metrics:
+        reading, size, mean = HEADLINE
+        print()
+        line(f"CheXbert, {size} labels, {mean} (headline)", ("precision", "recall", "F1", "studies"))
+        for title, row in rows[:2]:
+            if row:
+                line(title, means(row["clinical"][reading][size], mean))
+        if "clinical" in paper:
+            line("paper, VDGen (average not stated)", paper["clinical"].values())
+        for title, row in metrics["clinical"][reading][size]["each"].items():
+            line(title, row.values())
+        line("uncertain as", ("negative:", "", "", "positive:"))
+        for size, mean in ((size, mean) for size in metrics["clinical"][reading] for mean in MEANS):
+            line(f"{size} labels, {mean}", [v for part in ("uncertain_negative", "uncertain_positive")
+                                            for v in means(metrics["clinical"][part][size], mean)])
     for note in metrics["notes"]:
         print("note:", note)
 
 
+def curves(log: Path, points: int = 300) -> tuple[dict | None, dict[str, list]]:
+    """The header of log.jsonl, and {term or validation score: [[step, value], ...]}, means of equal pieces of the run."""
+    if not log.is_file():
+        return None, {}
+    header, *lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    steps, found = [line for line in lines if "val" not in line], {}
+    size = math.ceil(len(steps) / points)
+    for i in range(0, len(steps), size or 1):
+        for key in ("report", "vse", "did", "gradient_norm"):
+            values = [line[key] for line in steps[i:i + size] if math.isfinite(line.get(key, math.nan))]
+            if values:
+                found.setdefault(key, []).append([steps[i:i + size][-1]["step"], float(np.mean(values))])
+    for line in lines:
+        for key in ("BLEU_4", "ROUGE_L", "CIDEr", "distinct"):
+            if key in line.get("val", {}):
+                found.setdefault(key, []).append([line["step"], line["val"][key]])
+    return header, found
+
+
+def thumbnail(path: Path, pixels: int) -> str | None:
+    """A view as a small JPEG in base64, its aspect kept; None if it is not there."""
+    try:
+        image = open_image(path)
+    except (FileNotFoundError, ValueError):
+        return None
+    image.thumbnail((pixels, pixels))
+    image.save(jpeg := io.BytesIO(), "JPEG", quality=75)
+    return base64.b64encode(jpeg.getvalue()).decode()
+
+
+def write_page(path: Path, rows: list[dict], metrics: dict, config: Config, split: str, label=None) -> None:
+    """`<split>_report.html`: Table 1, Table 3, the training curves, and cases as in Fig. 3, in one file (configs/report.html).
+
+    The cases are the best and the worst by CIDEr, and random ones (seed 0); at most PAGE_CASES.
+    """
+    root, k = Path(config.data.root), min(len(rows), PAGE_CASES) // 3
+    cider = CiderD([row["reference"] for row in rows]).each([row["prediction"] for row in rows])
+    order = sorted(range(len(rows)), key=lambda i: -cider[i])
+    middle = order[k:len(order) - k]
+    groups = {"best": order[:k], "worst": order[len(order) - k:][::-1],
+              "random": random.Random(0).sample(middle, min(len(middle), PAGE_CASES - 2 * k))}
+    spec = json.loads((root / "findings.json").read_text(encoding="utf-8")) if "findings" in metrics else None
+
+    def tags(row: dict) -> dict[str, list] | None:
+        if spec:
+            details = {"reference": {f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][row["id"]]},
+                       "prediction": named_findings(row["prediction"], spec)}
+            return {side: [[name, " ".join(filter(None, detail))] for name, detail in named.items()] for side, named in details.items()}
+        return label and {side: [[name, {1: "", 3: "uncertain"}[c]] for name, c in zip(CONDITIONS, classes) if c in (1, 3)]
+                          for side in ("reference", "prediction") for classes in label([row[side]])}
+    views = sum(len(rows[i].get("image_path", [])) for group in groups.values() for i in group)
+    pixels = int(PAGE_PIXELS * min(1, math.sqrt(2 * PAGE_CASES / max(views, 1))))
+    header, lines = curves(path.parent / "log.jsonl")
+    cases = [{key: rows[i][key] for key in ("id", "reference", "prediction")}
+             | {"group": group, "rank": order.index(i) + 1, "cider": cider[i], "rouge_l": rouge_l(rows[i]["prediction"], rows[i]["reference"]),
+                "views": [thumbnail(root / "images" / view, pixels) for view in rows[i].get("image_path", [])], "tags": tags(rows[i])}
+             for group, chosen in groups.items() for i in chosen]
+    data = {"name": path.stem.removesuffix("_report"), "split": split, "names": METRICS, "config": config.to_dict(), "header": header,
+            "metrics": metrics, "curves": lines, "cases": cases, "tagger": "findings.json" if spec else "CheXbert" if label else None}
+    template = (Path(configs.__file__).parent / "report.html").read_text(encoding="utf-8")
+    text = json.dumps(data).replace("<", "\\u003c")  # nothing in it can end the script that holds it
+    path.write_text(template.replace("/*DATA*/", text), encoding="utf-8")
+
+
 def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: Path,
-             reports: dict[str, str] | None = None) -> dict:
+             reports: dict[str, str] | None = None, chexbert: Path | None = None) -> dict:
     """Generate (unless the model's reports are given) and score one split; write its files into `folder`."""
     if not splits[split]:
         raise ValueError(f"--split {split}: the annotation has no such studies; there are "
                          f"{', '.join(name for name, studies in splits.items() if studies)}")
     reports = reports or write_reports(model, splits[split])
     limit, tokenizer = model.config.data.reference_cut_tokens, model.tokenizer
-    rows = []
-    for study in splits[split]:
-        ids = tokenizer(study.report, add_special_tokens=False).input_ids[:limit]
-        rows.append({"id": study.id, "prediction": reports[study.id], "reference": study.report,
-                     "reference_cut": tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip(),
-                     "image_path": list(study.image_paths)})
+    rows = _rows(splits[split], reports)
+    for row in rows:
+        ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
+        row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
     (folder / f"{split}_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return write_metrics(rows, model.config, split, [study.report for study in splits["train"]], folder)
+    return write_results(folder, split, rows, model.config, split, [study.report for study in splits["train"]], chexbert)
 
 
-def write_metrics(rows: list[dict], config: Config, split: str, train_reports: list[str], folder: Path) -> dict:
-    metrics = measure(rows, config, split, train_reports)
-    (folder / f"{split}_metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    print_metrics(metrics, split)
+def _rows(studies: list[Study], reports: dict[str, str]) -> list[dict]:
+    return [{"id": study.id, "prediction": reports[study.id], "reference": study.report, "image_path": list(study.image_paths)}
+            for study in studies]
+
+
+def write_results(folder: Path, name: str, rows: list[dict], config: Config, split: str, train_reports: list[str],
+                  chexbert: Path | None) -> dict:
+    """Score, print, and write `<name>_metrics.json` and `<name>_report.html`."""
+    label = chexbert_labeller(chexbert, folder / f"{name}_chexbert.json") if chexbert else None
+    metrics = measure(rows, config, split, train_reports, label)
+    (folder / f"{name}_metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_page(folder / f"{name}_report.html", rows, metrics, config, split, label)
+    print_metrics(metrics, name)
     return metrics
 
 
-def score_again(path: Path, config_path: Path | None) -> None:
-    """Score a predictions file of ours; the config comes from the run that it lies in, or from `--config`."""
-    config = load_config(config_path or path.parent / "config.yaml")
+def score_again(path: Path, config_path: Path | None, overrides: list[str] = (), split: str | None = None, chexbert: Path | None = None) -> None:
+    """Score a file of predictions without a model.
+
+    `.jsonl`: ours, which holds the references. `.json`: {id: text} or {id: [text]}, as R2GenGPT and its heirs write it;
+    the references are those of a split of `--config`. The config of a file that lies in a run is config.yaml beside it.
+    """
+    config_path = config_path or path.parent / "config.yaml"
+    if not path.is_file() or not config_path.is_file():
+        raise FileNotFoundError(f"--predictions {path}: no such file" if not path.is_file() else f"--predictions {path}: "
+                                f"there is no {config_path}; name the config of its data with --config")
+    config = load_config(config_path, overrides)
+    annotation = (Path(config.data.root) / "annotation.json").is_file()
+    splits = read_studies(config.data) if annotation or path.suffix == ".json" else {"train": []}
+    name, ours = path.stem.removesuffix("_predictions"), path.suffix != ".json"
+    split = name if ours else split or ("test" if splits["test"] else "val")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        known = all({"id", "prediction", "reference"} <= row.keys() for row in rows) and bool(rows)
+        text = path.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()] if ours else json.loads(text)
+        known = bool(rows) and (all({"id", "prediction", "reference"} <= row.keys() for row in rows) if ours else
+                                all(isinstance(v, str) or isinstance(v, list) and len(v) == 1 for v in rows.values()))
     except (ValueError, AttributeError):
         known = False
     if not known:
-        raise ValueError(f"{path}: expected one JSON object a line, with id, prediction and reference")
-    annotation = Path(config.data.root) / "annotation.json"
-    train_reports = [study.report for study in read_studies(config.data)["train"]] if annotation.is_file() else []
-    write_metrics(rows, config, path.stem.removesuffix("_predictions"), train_reports, path.parent)
+        raise ValueError(f"{path}: expected one JSON object a line, with id, prediction and reference" if ours else
+                         f"{path}: expected one JSON object, {{id: report}} or {{id: [report]}}")
+    if not ours:
+        reports = {key: v if isinstance(v, str) else v[0] for key, v in rows.items()}
+        wrong = reports.keys() ^ {study.id for study in splits[split]}
+        if wrong:
+            raise ValueError(f"{path}: {len(reports)} reports for the {len(splits[split])} studies of {split} in {config.data.root}; "
+                             f"{len(wrong)} ids are in one of them only, such as {min(wrong)!r}; --split names another split")
+        rows = _rows(splits[split], reports)
+    write_results(path.parent, name, rows, config, split, [study.report for study in splits["train"]], chexbert)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run")
-    source.add_argument("--predictions", type=Path, help="<split>_predictions.jsonl of a run")
+    source.add_argument("--predictions", type=Path, help="<split>_predictions.jsonl of a run, or a JSON {id: report}")
     parser.add_argument("--split", choices=("train", "val", "test"), help="default: test if there is one, else val")
+    parser.add_argument("--chexbert", type=Path, help="chexbert.pth: adds clinical efficacy (Table 3)")
     parser.add_argument("--images", nargs="+", type=Path, help="the views of one study: print its report")
     parser.add_argument("--config", type=Path, help="with --predictions: default is config.yaml beside the file")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="with --checkpoint: override its config")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args()
     if args.predictions:
-        if not args.predictions.is_file():
-            raise FileNotFoundError(f"--predictions {args.predictions}: no such file")
-        return score_again(args.predictions, args.config)
+        return score_again(args.predictions, args.config, args.set, args.split, args.chexbert)
     checkpoint = read_checkpoint(args.checkpoint)
     config = parse_config(checkpoint["config"], args.set, str(args.checkpoint))
     build_demo_if_missing(config.data)
@@ -395,7 +539,7 @@ def main() -> None:
         views = torch.stack([read_image(path, model.image_size) for path in args.images]).to(model.device)
         return print(*model.generate(views, [len(views)]))
     splits = read_studies(config.data)
-    evaluate(model, args.split or ("test" if splits["test"] else "val"), splits, args.checkpoint.parent)
+    evaluate(model, args.split or ("test" if splits["test"] else "val"), splits, args.checkpoint.parent, chexbert=args.chexbert)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
 Left out on purpose: a [CLS] token (A6) and any projection on the image side of DID (Eq. 4). The loss functions are in
 losses.py; their sum (Eq. 8) is in the training loop.
 """
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer,
-                          GenerationConfig)
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig,
+                          BertModel, BertTokenizer, GenerationConfig)
 
 from configs import PROMPT, Config
 from losses import did_loss, report_loss, vse_loss
@@ -227,14 +229,86 @@ def _pretrained(kind, name: str, key: str, **options):
                                 f"({str(error).strip().splitlines()[0]})") from None
 
 
-def read_checkpoint(path) -> dict:
+def read_checkpoint(path, of: str = "VDGen", keys=("model", "config")) -> dict:
     """best.pt or last.pt, tensors and plain values only (`weights_only`): ValueError for anything else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"checkpoint {path}: no such file") from None
     except Exception as error:  # a zip, pickle or runtime error, as the junk may be
-        raise ValueError(f"checkpoint {path}: not a checkpoint of VDGen ({str(error).strip().splitlines()[0]})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
-        raise ValueError(f"checkpoint {path}: not a checkpoint of VDGen: it has no `model` and `config`")
+        raise ValueError(f"checkpoint {path}: not a checkpoint of {of} ({str(error).strip().splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict) or not set(keys) <= checkpoint.keys():
+        raise ValueError(f"checkpoint {path}: not a checkpoint of {of}: it has no {' and '.join(f'`{k}`' for k in keys)}")
     return checkpoint
+
+
+# The labeller of Table 3 ----------------------------------------------------------------------------------------------
+
+CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
+              "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
+              "Support Devices", "No Finding")  # the order of its heads
+
+
+class CheXbert(nn.Module):
+    """CheXbert (Smit et al., 2020): BERT-base and, on its [CLS] state, one linear head for each of CONDITIONS.
+
+    Classes: 0 not mentioned, 1 positive, 2 negative, 3 uncertain; No Finding knows 0 and 1 only. The dropout that stood
+    before the heads in training is left out.
+    """
+
+    def __init__(self, bert: BertModel, tokenizer: BertTokenizer):
+        super().__init__()
+        self.bert, self.tokenizer = bert, tokenizer
+        self.linear_heads = nn.ModuleList(nn.Linear(bert.config.hidden_size, 2 if name == "No Finding" else 4)
+                                          for name in CONDITIONS)
+
+    @torch.no_grad()
+    def label(self, reports: list[str], batch_size: int = 32) -> list[list[int]]:
+        """The 14 classes of each report; blanks are collapsed, and what lies behind 512 tokens is not read."""
+        texts, device = [" ".join(report.split()) for report in reports], self.bert.device
+        order, classes = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
+        for start in tqdm(range(0, len(order), batch_size), desc="CheXbert", unit="batch", leave=False):
+            rows = order[start:start + batch_size]  # of like length: little padding
+            tokens = self.tokenizer([texts[i] for i in rows], truncation=True, max_length=512, padding=True,
+                                    return_tensors="pt").to(device)
+            cls = self.bert(**tokens).last_hidden_state[:, 0]  # not the pooler's output
+            classes |= zip(rows, torch.stack([head(cls).argmax(dim=1) for head in self.linear_heads], dim=1).tolist())
+        return [classes[i] for i in range(len(texts))]
+
+
+def load_chexbert(path: str | Path, config: BertConfig = BertConfig()) -> CheXbert:
+    """The published chexbert.pth, loaded strictly. Its vocabulary is bert-base-uncased's: from a vocab.txt beside it if
+    there is one, else from the hub. Raises FileNotFoundError or ValueError for another file."""
+    state = read_checkpoint(path, "CheXbert", ["model_state_dict"])["model_state_dict"]
+    beside = Path(path).parent / "vocab.txt"
+    tokenizer = BertTokenizer(vocab=str(beside)) if beside.is_file() else \
+        _pretrained(BertTokenizer, "bert-base-uncased", f"--chexbert: without a {beside}")
+    model = CheXbert(BertModel(config), tokenizer)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state.pop("bert.embeddings.position_ids", None)  # a constant that older versions of transformers stored
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {path}: not the weights of CheXbert: {' '.join(str(error).split())[:300]}") from None
+    return model.eval()
+
+
+def chexbert_labeller(checkpoint: Path, cache: Path) -> Callable[[list[str]], list[list[int]]]:
+    """A function from reports to their 14 classes. A text is labelled once; `cache` (JSON) keeps it for the next time."""
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"--chexbert {checkpoint}: no such file")
+    version = f"{checkpoint.stat().st_size} bytes, {checkpoint.stat().st_mtime_ns} ns"
+    try:
+        stored = json.loads(cache.read_text(encoding="utf-8"))
+        known = stored["labels"] if (stored["checkpoint"], stored["conditions"]) == (version, list(CONDITIONS)) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}  # none yet, or cut short
+
+    def label(texts: list[str]) -> list[list[int]]:
+        new = sorted(set(texts) - known.keys())
+        if new:
+            model = load_chexbert(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+            known.update(zip(new, model.label(new)))
+            cache.write_text(json.dumps({"checkpoint": version, "conditions": CONDITIONS, "labels": known}) + "\n")
+        return [known[text] for text in texts]
+    return label

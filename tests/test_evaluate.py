@@ -1,17 +1,25 @@
 """The scores are pycocoevalcap's; the tables hold what they say."""
+import base64
+import io
 import json
+import math
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 from configs import parse_config
 from data import clean_iu_xray
-from evaluate import METRICS, best_constant, bleu, measure, meteor_1_5, named_findings, rouge_l, score, score_findings
+from evaluate import (FIVE, METRICS, best_constant, bleu, measure, meteor_1_5, named_findings, precision_recall_f1, rouge_l,
+                      score, score_clinical, score_findings)
+from model import CONDITIONS
 
 SENTENCES = ["the heart is normal .", "lungs are clear .", "no pleural effusion or pneumothorax .", "xxxx are intact .",
              "a 12 mm nodule in the left upper lobe .", "degenerative changes of the spine .", "stable cardiomegaly ."]
@@ -193,6 +201,64 @@ def test_measure_scores_findings_where_the_data_has_them(tmp_path):
     evaluate.print_metrics(metrics, "test")
 
 
+def plain_f1(named, true):
+    """P, R, F1 of two lists of bools, from the definition."""
+    both = sum(n and t for n, t in zip(named, true))
+    precision, recall = both / sum(named) if any(named) else 0, both / sum(true) if any(true) else 0
+    return precision, recall, 2 * precision * recall / (precision + recall) if both else 0
+
+
+def test_precision_recall_f1_equals_the_definitions():
+    rng = random.Random(0)
+    named, true = ([[rng.random() < 0.3 for _ in range(5)] for _ in range(40)] for _ in range(2))
+    for row in named + true:
+        row[4] = False  # a label that nobody has: 0 / 0
+    found = precision_recall_f1(np.array(named), np.array(true), list("abcde"))
+    columns, keys = list(zip(zip(*named), zip(*true))), ("precision", "recall", "f1")
+    for i, key in enumerate(keys):
+        assert found[f"micro_{key}"] == pytest.approx(plain_f1(sum(named, []), sum(true, []))[i])
+        assert found[f"macro_{key}"] == pytest.approx(sum(plain_f1(*column)[i] for column in columns) / 5)
+        assert found[f"example_{key}"] == pytest.approx(sum(plain_f1(*pair)[i] for pair in zip(named, true)) / 40)
+        assert [found["each"][label][key] for label in "abcde"] == pytest.approx([plain_f1(*column)[i] for column in columns])
+    assert found["each"]["a"]["studies"] == sum(row[0] for row in true) and any(not any(row) for row in named)
+
+
+def test_score_clinical_reads_uncertain_both_ways_and_groups_labels():
+    def classes(**named):
+        return [named.get(name.replace(" ", "_"), 0) for name in CONDITIONS]
+    truth = [classes(Edema=1, Fracture=3), classes(No_Finding=1), classes(Pneumonia=2, Edema=3)]
+    ours = [classes(Edema=1, Fracture=1), classes(No_Finding=1), classes(Pneumonia=1, Edema=1)]
+    clinical = score_clinical(ours, truth)
+    negative, positive = clinical["uncertain_negative"], clinical["uncertain_positive"]
+    assert negative["14"]["micro_precision"] == 2 / 5 and negative["14"]["micro_recall"] == 1
+    assert positive["14"]["micro_precision"] == 4 / 5 and positive["14"]["micro_recall"] == 1
+    assert negative["13"]["micro_precision"] == 1 / 4 and positive["13"]["micro_precision"] == 3 / 4
+    assert negative["5"]["micro_precision"] == 1 / 2 and positive["5"]["micro_precision"] == 1
+    assert negative["14"]["macro_f1"] == pytest.approx((2 / 3 + 1) / 14) and positive["13"]["macro_f1"] == pytest.approx(2 / 13)
+    assert negative["13"]["example_f1"] == pytest.approx((2 / 3 + 0 + 0) / 3)  # a study without a positive label counts 0
+    assert set(positive["5"]["each"]) == set(FIVE) and list(positive["13"]["each"]) == list(CONDITIONS[:-1])
+    assert positive["14"]["each"]["Edema"] == {"precision": 1, "recall": 1, "f1": 1, "studies": 2}
+
+
+def test_measure_scores_clinical_efficacy_of_model_and_constant(tmp_path, capsys):
+    def label(texts):  # class 1 of Edema where a text names it, and the constant report's No Finding
+        return [[int(name == "Edema" and "edema" in text or name == "No Finding" and "edema" not in text) for name in CONDITIONS]
+                for text in texts]
+    references = {"a": "edema .", "b": "clear .", "c": "edema ."}
+    predictions = {"a": "edema .", "b": "edema .", "c": "clear ."}
+    metrics = measure(rows_of(predictions, references), config_for(tmp_path, "mimic_cxr"), "test", ["clear ."] * 3, label)
+    clinical, constant = metrics["clinical"], metrics["constant"]["clinical"]
+    assert clinical["uncertain_negative"]["14"]["micro_f1"] == pytest.approx(1 / 3)
+    assert constant["uncertain_negative"]["14"]["micro_recall"] == pytest.approx(1 / 3) and constant["uncertain_negative"]["5"]["micro_f1"] == 0
+    assert metrics["paper"]["clinical"] == {"precision": 0.426, "recall": 0.397, "f1": 0.402}
+    reading, size, mean = clinical["headline"]
+    evaluate.print_metrics(metrics, "test")
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines()[printed[:printed.index("CheXbert")].count("\n"):] if line.startswith("model"))
+    assert row.split()[1:] == [format(clinical[reading][size][f"{mean}_{key}"], ".3f") for key in ("precision", "recall", "f1")]
+    assert "0.426" in printed
+
+
 def test_predictions_score_again_to_the_same_numbers(make_config, tmp_path):
     from train import train
     metrics = train(make_config("train.max_steps=1"))
@@ -207,6 +273,113 @@ def test_predictions_score_again_to_the_same_numbers(make_config, tmp_path):
         (tmp_path / "run/junk_predictions.jsonl").write_text(junk)
         with pytest.raises(ValueError, match="expected one JSON object a line"):
             evaluate.score_again(tmp_path / "run/junk_predictions.jsonl", None)
+
+
+def test_predictions_of_peers_score_to_the_same_numbers(make_config, data_root, tmp_path):
+    """{id: text} and {id: [text]}, references from the config; what needs the LLM's tokenizer is missing, with a note."""
+    from train import train
+    ours = train(make_config("train.max_steps=1"))
+    rows = [json.loads(line) for line in (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()]
+    for wrap in (str, lambda text: [text]):
+        path = tmp_path / "theirs.json"
+        path.write_text(json.dumps({row["id"]: wrap(row["prediction"]) for row in reversed(rows)}))
+        evaluate.score_again(path, tmp_path / "run/config.yaml")
+        theirs = json.loads((tmp_path / "theirs_metrics.json").read_text())
+        assert all(theirs[key] == ours[key] for key in ("n", "distinct", "BLEU_4", "CIDEr", "ROUGE_L")) and "cut_references" not in theirs
+        assert theirs["constant"]["BLEU_4"] == ours["constant"]["BLEU_4"] and any("tokenizer" in note for note in theirs["notes"])
+        assert (tmp_path / "theirs_report.html").is_file()
+    for text, message in (('{"a": 1}', "expected one JSON object"), ("[]", "expected one JSON object"), ("{", "expected one JSON object"),
+                          ('{"nobody": "clear ."}', "1 reports for the 5 studies of test.*6 ids")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            evaluate.score_again(path, tmp_path / "run/config.yaml")
+    with pytest.raises(FileNotFoundError, match="name the config of its data with --config"):
+        evaluate.score_again(path, None)
+    with pytest.raises(ValueError, match="1 reports for the 3 studies of val"):
+        evaluate.score_again(path, tmp_path / "run/config.yaml", split="val")
+
+
+def page_data(path):
+    text = path.read_text()
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1))
+
+
+def test_page_is_self_contained_and_holds_the_cases(make_config, tmp_path):
+    from train import train
+    metrics = train(make_config("train.max_steps=3"))
+    path = tmp_path / "run/test_report.html"
+    text, data = path.read_text(), page_data(path)
+    assert not re.search(r"(?:src|href|url|import|fetch)\s*[=(]?\s*[\"']?(?:https?:|//|file:)", text) and "default-src 'none'" in text
+    assert data["metrics"] == json.loads(json.dumps(metrics)) and data["split"] == "test"
+    rows = {row["id"]: row for row in map(json.loads, (tmp_path / "run/test_predictions.jsonl").read_text().splitlines())}
+    assert sorted(case["id"] for case in data["cases"]) == sorted(rows)
+    assert {case["group"] for case in data["cases"]} == {"best", "worst", "random"}
+    for case in data["cases"]:
+        row = rows[case["id"]]
+        assert (case["reference"], case["prediction"]) == (row["reference"], row["prediction"])
+        assert case["rouge_l"] == rouge_l(row["prediction"], row["reference"]) and len(case["views"]) == len(row["image_path"])
+        for view in case["views"]:
+            assert Image.open(io.BytesIO(base64.b64decode(view))).size == (36, 40)
+    assert data["cases"][0]["cider"] == max(case["cider"] for case in data["cases"])
+    steps = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()][1:]
+    assert data["curves"]["did"] == [[line["step"], line["did"]] for line in steps if "did" in line]
+    assert data["curves"]["BLEU_4"] == [[3, steps[-1]["val"]["BLEU_4"]]]
+
+
+def test_page_escapes_hostile_text_and_survives_missing_images(tmp_path):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \u2028 ]]> <!--"
+    rows = [dict(id=f"{i}{evil}", prediction=evil, reference=evil, image_path=["../../none.png", f"{i}.png"]) for i in range(70)]
+    config = config_for(tmp_path)
+    metrics = measure(rows, config, "test", [evil])
+    evaluate.write_page(tmp_path / "test_report.html", rows, metrics, config, "test")
+    text, data = (tmp_path / "test_report.html").read_text(), page_data(tmp_path / "test_report.html")
+    assert "<script>alert" not in text and "onerror=" in text and text.count("<script") == 2 and "<img src=x" not in text
+    assert data["cases"][0]["prediction"] == evil and data["cases"][0]["views"] == [None, None]
+    assert [sum(case["group"] == group for case in data["cases"]) for group in ("best", "worst", "random")] == [20, 20, 20]
+    assert len({case["id"] for case in data["cases"]}) == 60
+
+
+def test_page_stays_under_3_mb_with_noisy_films_of_many_views(tmp_path):
+    """60 cases of two views at full size; more views share the same room."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(3):  # near 0.8 bit a pixel as JPEG, as films have
+        noise = Image.fromarray(rng.integers(60, 200, (32, 32), dtype=np.uint8)).resize((2400, 2400), Image.Resampling.BICUBIC)
+        noise.save(tmp_path / f"images/{i}.png")
+    for views in (2, 5):
+        rows = [dict(id=str(i), prediction=f"no {i} . " * 12, reference="clear . " * 20, image_path=[f"{j % 3}.png" for j in range(views)]) for i in range(60)]
+        metrics = measure(rows, config_for(tmp_path), "test", [])
+        evaluate.write_page(tmp_path / "test_report.html", rows, metrics, config_for(tmp_path), "test")
+        assert (tmp_path / "test_report.html").stat().st_size < 3e6
+        if views == 2:
+            view = page_data(tmp_path / "test_report.html")["cases"][0]["views"][0]
+            assert max(Image.open(io.BytesIO(base64.b64decode(view))).size) == evaluate.PAGE_PIXELS
+
+
+def test_curves_are_means_of_equal_pieces(tmp_path):
+    lines = [{"versions": {}}] + [{"step": i, "report": float(i), "vse": math.inf if i == 2 else 0.0} for i in range(1, 601)]
+    lines.insert(300, {"step": 299, "val": {"BLEU_4": 0.1, "ROUGE_L": 0.2, "CIDEr": 0.3, "distinct": 4}})
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 601, "rep')
+    header, found = evaluate.curves(tmp_path / "log.jsonl")
+    assert header == {"versions": {}} and len(found["report"]) == 300 and found["report"][:2] == [[2, 1.5], [4, 3.5]]
+    assert found["vse"][0] == [2, 0.0] and found["CIDEr"] == [[299, 0.3]] and "did" not in found
+    assert evaluate.curves(tmp_path / "none.jsonl") == (None, {})
+
+
+def test_page_tags_findings(tmp_path):
+    (tmp_path / "findings.json").write_text(json.dumps(SPEC))
+    predictions = {"a": "left pleural effusion .", "b": "a nodule .", "c": "clear ."}
+    rows, config = rows_of(predictions, predictions), config_for(tmp_path, "demo")
+    evaluate.write_page(tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test")
+    tags = {case["id"]: case["tags"] for case in page_data(tmp_path / "p_report.html")["cases"]}
+    assert tags["a"] == {"reference": [["effusion", "left small"]], "prediction": [["effusion", "left"]]}
+    assert tags["c"] == {"reference": [], "prediction": []}
+    (tmp_path / "findings.json").unlink()
+
+    def label(texts):
+        return [[3 if name == "Edema" else 1 if name == "Fracture" else 2 for name in CONDITIONS] for _ in texts]
+    evaluate.write_page(tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test", label)
+    assert page_data(tmp_path / "p_report.html")["cases"][0]["tags"]["reference"] == [["Edema", "uncertain"], ["Fracture", ""]]
 
 
 def test_command_line_evaluates_and_writes_one_report(make_config, data_root, tmp_path):

@@ -1,0 +1,136 @@
+"""CheXbert: the published format, its forward, its tokenisation, and what is refused."""
+import math
+import unicodedata
+
+import pytest
+import torch
+from torch.nn.functional import gelu, layer_norm, linear
+from transformers import BertConfig, BertModel
+
+import model
+from model import CONDITIONS, CheXbert, chexbert_labeller, load_chexbert
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "heart", "is", "enlarged", "lung", "##s", "clear", "no", "effusion", "cardio",
+         "##megaly", ".", ",", "-", "x", "##xx", "12", "mm", "##e", "e", "f", "\u80ba"]
+TINY = BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+TEXTS = ["the heart is enlarged .", "", "  lungs\n are \t clear, no effusion ", "Cardiomegaly - XXX 12 mm \u80ba \u00c9", "zzz",
+         "clear" * 21, "the\u200b lu\0ng\ufffd",
+         "the heart is enlarged . no effusion . " * 100]
+
+
+def write_checkpoint(folder, config=TINY, words=WORDS):
+    """Random weights in the format of the published chexbert.pth, the buffer of older library versions included."""
+    torch.manual_seed(0)
+    bert = BertModel(config)
+    heads = torch.nn.ModuleList(torch.nn.Linear(config.hidden_size, 4) for _ in range(13))
+    heads.append(torch.nn.Linear(config.hidden_size, 2))
+    for parameter in [*bert.parameters(), *heads.parameters()]:  # large, so that classes differ between texts
+        parameter.data += torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.05)
+    state = {f"module.bert.{key}": value for key, value in bert.state_dict().items()}
+    state |= {f"module.linear_heads.{key}": value for key, value in heads.state_dict().items()}
+    state["module.bert.embeddings.position_ids"] = torch.arange(512)[None]
+    folder.mkdir(exist_ok=True)
+    torch.save({"epoch": 8, "model_state_dict": state, "optimizer_state_dict": {}}, folder / "chexbert.pth")
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    return folder / "chexbert.pth", state
+
+
+def word_pieces(text, words):
+    """BERT's uncased tokenisation, from its description: lower case, accents off, punctuation and CJK apart, longest pieces first."""
+    spaced = ""
+    for character in unicodedata.normalize("NFD", text.lower()):
+        if unicodedata.category(character) == "Mn" or character in "\0\ufffd" or unicodedata.category(character)[0] == "C" and not character.isspace():
+            continue
+        apart = unicodedata.category(character).startswith("P") or character in "$+<=>^`|~" or "\u4e00" <= character <= "\u9fff"
+        spaced += f" {character} " if apart else character
+    index, ids = {word: i for i, word in enumerate(words)}, []
+    for word in spaced.split():
+        pieces, start = [], 0
+        while start < len(word):
+            end = None if len(word) > 100 else next((e for e in range(len(word), start, -1) if ("##" if start else "") + word[start:e] in index), None)
+            if end is None:
+                pieces = [index["[UNK]"]]
+                break
+            pieces.append(index[("##" if start else "") + word[start:end]])
+            start = end
+        ids += pieces
+    return [index["[CLS]"], *ids[:510], index["[SEP]"]]
+
+
+def plain_forward(state, ids, config):
+    """BERT of one text from its paper, on the tensors of the checkpoint alone: no padding, no mask. Returns 14 classes."""
+    def get(name):
+        return state[f"module.{name}"].double()
+
+    def dense(x, name):
+        return linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
+
+    def norm(x, name):
+        return layer_norm(x, x.shape[-1:], get(f"{name}.weight"), get(f"{name}.bias"), 1e-12)
+    e = "bert.embeddings"
+    x = get(f"{e}.word_embeddings.weight")[ids] + get(f"{e}.position_embeddings.weight")[:len(ids)] + get(f"{e}.token_type_embeddings.weight")[0]
+    x, heads = norm(x, f"{e}.LayerNorm"), config.num_attention_heads
+    for i in range(config.num_hidden_layers):
+        layer = f"bert.encoder.layer.{i}"
+        q, k, v = (dense(x, f"{layer}.attention.self.{name}").view(len(ids), heads, -1).transpose(0, 1) for name in ("query", "key", "value"))
+        attended = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        x = norm(x + dense(attended.transpose(0, 1).reshape(len(ids), -1), f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm")
+        x = norm(x + dense(gelu(dense(x, f"{layer}.intermediate.dense")), f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+    return [int(dense(x[0], f"linear_heads.{i}").argmax()) for i in range(14)]
+
+
+def test_chexbert_equals_an_independent_forward(tmp_path):
+    """Tokens and classes, of empty, long, and odd texts, in one padded batch."""
+    path, state = write_checkpoint(tmp_path)
+    chexbert = load_chexbert(path, TINY)
+    expected = [plain_forward(state, word_pieces(text, WORDS), TINY) for text in TEXTS]
+    assert chexbert.label(TEXTS) == expected
+    assert chexbert.label(TEXTS, batch_size=2) == expected
+    assert len({tuple(row) for row in expected}) >= 4 and {c for row in expected for c in row[:13]} == {0, 1, 2, 3}
+    assert all(row[13] in (0, 1) for row in expected)
+    for text in TEXTS:
+        assert chexbert.tokenizer(" ".join(text.split()), truncation=True, max_length=512).input_ids == word_pieces(text, WORDS)
+
+
+def test_chexbert_has_the_published_shape():
+    with torch.device("meta"):
+        chexbert = CheXbert(BertModel(BertConfig()), None)
+    state = chexbert.state_dict()
+    assert state["bert.embeddings.word_embeddings.weight"].shape == (30522, 768) and "bert.pooler.dense.weight" in state
+    assert [state[f"linear_heads.{i}.weight"].shape[0] for i in range(14)] == [4] * 13 + [2]
+    assert len(state) == 199 + 28 and CONDITIONS[0] == "Enlarged Cardiomediastinum" and CONDITIONS[-1] == "No Finding"
+
+
+def test_chexbert_refuses_other_files(tmp_path):
+    path, state = write_checkpoint(tmp_path)
+    for broken, message in (({k: v for k, v in state.items() if "heads.3.bias" not in k}, "linear_heads.3.bias"),
+                            ({**state, "module.extra": torch.zeros(1)}, "extra"),
+                            ({**state, "module.linear_heads.13.bias": torch.zeros(4)}, "linear_heads.13.bias")):
+        torch.save({"model_state_dict": broken}, path)
+        with pytest.raises(ValueError, match=f"not the weights of CheXbert.*{message}"):
+            load_chexbert(path, TINY)
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of CheXbert: it has no `model_state_dict`"):
+        load_chexbert(path, TINY)
+    path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="not a checkpoint of CheXbert"):
+        load_chexbert(path, TINY)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        chexbert_labeller(tmp_path / "none.pth", tmp_path / "cache.json")
+
+
+def test_labels_are_cached_by_text_and_checkpoint(tmp_path, monkeypatch):
+    path, state = write_checkpoint(tmp_path)
+    loads = []
+    monkeypatch.setattr(model, "load_chexbert", lambda path: loads.append(path) or load_chexbert(path, TINY))
+    cache = tmp_path / "test_chexbert.json"
+    first = chexbert_labeller(path, cache)(TEXTS)
+    assert first == load_chexbert(path, TINY).label(TEXTS) and len(loads) == 1
+    assert chexbert_labeller(path, cache)(TEXTS[::-1]) == first[::-1] and len(loads) == 1  # nothing new: no model
+    label = chexbert_labeller(path, cache)
+    assert label(["the lung"] + TEXTS)[1:] == first and len(loads) == 2
+    state["module.linear_heads.0.bias"] += torch.tensor([0.0, 0.0, 0.0, 1000.0])
+    torch.save({"model_state_dict": state, "other": "size"}, path)
+    assert all(row[0] == 3 for row in chexbert_labeller(path, cache)(TEXTS)) and len(loads) == 3  # other weights: labelled anew
+    cache.write_text("{half a fi")
+    assert all(row[0] == 3 for row in chexbert_labeller(path, cache)(TEXTS)) and len(loads) == 4
