@@ -1,20 +1,30 @@
-"""On real studies and a real pretrained Llama; skipped unless these name their folders:
+"""On real studies, a real pretrained Llama and the real vocabulary of BERT; skipped unless these name their folders:
 
-    VDGEN_LLM=folder VDGEN_VISION=folder VDGEN_IU_XRAY=folder python -m pytest -q tests/test_real.py
+    VDGEN_LLM=folder VDGEN_VISION=folder VDGEN_IU_XRAY=folder VDGEN_BERT=folder python -m pytest -q tests/test_real.py
+
+VDGEN_BERT holds the vocab.txt of bert-base-uncased.
 """
 import json
 import os
+import random
+from pathlib import Path
 
 import pytest
 import torch
+from test_chexbert import plain_forward, word_pieces, write_checkpoint
+from test_evaluate import theirs
+from transformers import BertConfig
 
 from configs import Data, load_config
 from data import read_studies
-from model import embed_reports, load_model
+from evaluate import meteor_1_5, score
+from model import embed_reports, load_chexbert, load_model
 from train import train
 
 FOLDERS = [os.environ.get(name) for name in ("VDGEN_LLM", "VDGEN_VISION", "VDGEN_IU_XRAY")]
-pytestmark = pytest.mark.skipif(None in FOLDERS, reason="VDGEN_LLM, VDGEN_VISION, VDGEN_IU_XRAY do not name folders")
+BERT = os.environ.get("VDGEN_BERT")
+needs_data = pytest.mark.skipif(FOLDERS[2] is None, reason="VDGEN_IU_XRAY does not name a folder")
+needs_all = pytest.mark.skipif(None in FOLDERS, reason="VDGEN_LLM, VDGEN_VISION, VDGEN_IU_XRAY do not name folders")
 
 
 def config(tmp_path, *overrides):
@@ -25,6 +35,7 @@ def config(tmp_path, *overrides):
         *overrides])
 
 
+@needs_data
 def test_real_studies_are_read_as_r2gen_splits_them():
     splits = read_studies(Data(root=FOLDERS[2]))
     assert (len(splits["train"]), len(splits["val"])) == (2069, 296)
@@ -32,6 +43,7 @@ def test_real_studies_are_read_as_r2gen_splits_them():
     assert all(study.report == study.report.lower() and study.report.endswith(" .") for study in splits["train"])
 
 
+@needs_all
 def test_real_run_trains_and_scores(tmp_path):
     metrics = train(config(tmp_path))
     assert metrics["n"] == 16 and 0 <= metrics["BLEU_1"] <= 1
@@ -39,6 +51,7 @@ def test_real_run_trains_and_scores(tmp_path):
     assert all(2 < line["report"] < 8 and 0.5 < line["did"] < 4 for line in steps)  # a real LLM is far below log 49,152
 
 
+@needs_all
 def test_real_teacher_tells_reports_apart(tmp_path):
     """Two wordings of one finding are nearer to each other than to its negation in another report."""
     model = load_model(config(tmp_path))
@@ -46,3 +59,51 @@ def test_real_teacher_tells_reports_apart(tmp_path):
     embeddings = embed_reports(model, texts)
     a, b, c = (embeddings[text].float() for text in texts)
     assert torch.cosine_similarity(a, b, dim=0) > torch.cosine_similarity(a, c, dim=0)
+
+
+def paired_four_ways():
+    """{way: (predictions, references)} of 300 real reports: shuffled, next of the same split, cut short, one for all."""
+    studies = read_studies(Data(root=FOLDERS[2]))["train"][:300]
+    references = {study.id: study.report for study in studies}
+    texts = list(references.values())
+    return {"shuffled": (dict(zip(references, random.Random(0).sample(texts, len(texts)))), references),
+            "next": (dict(zip(references, texts[1:] + texts[:1])), references),
+            "cut": ({name: " ".join(text.split()[:len(text.split()) * 2 // 3]) for name, text in references.items()}, references),
+            "constant": (dict.fromkeys(references, texts[0]), references)}
+
+
+@needs_data
+def test_real_scores_equal_pycocoevalcap():
+    for way, (predictions, references) in paired_four_ways().items():
+        ours, gold = score(predictions, references, meteor=False), theirs(predictions, references)
+        largest = max(abs(ours[name] - value) for name, value in gold.items())
+        print(f"{way}: largest difference {largest:.1e}")
+        assert largest <= 1e-6
+
+
+@needs_data
+@pytest.mark.java
+def test_real_meteor_equals_pycocoevalcap():
+    meteor = pytest.importorskip("pycocoevalcap.meteor.meteor")
+    ways = paired_four_ways()
+    ours = meteor_1_5([[(predictions[name], references[name]) for name in references] for predictions, references in ways.values()])
+    wrapper = meteor.Meteor()
+    for (way, (predictions, references)), value in zip(ways.items(), ours):
+        gold, _ = wrapper.compute_score(*({name: [text] for name, text in texts.items()} for texts in (references, predictions)))
+        print(f"{way}: difference {abs(gold - value):.1e}")
+        assert abs(gold - value) <= 1e-6
+
+
+@needs_data
+@pytest.mark.skipif(BERT is None, reason="VDGEN_BERT does not name a folder")
+def test_real_vocabulary_and_size_of_chexbert(tmp_path):
+    """BERT-base with random weights: the tokens of 300 real and some odd texts, the classes of a few, in float64."""
+    words = (Path(BERT) / "vocab.txt").read_text(encoding="utf-8").split("\n")[:30522]
+    path, state = write_checkpoint(tmp_path, BertConfig(), words)
+    chexbert = load_chexbert(path).double()
+    odd = ["", " \n ", "effusion " * 600, "\u00c9 \u00fc \u80ba 12mm x-ray (xxxx) .5 %", "The HEART is normal.\n\nLungs\tclear", "a" * 150,
+           "don't \u201cquote\u201d \u2014 \u2026 \u00bd \u00b2 \u00b5m"]
+    texts = odd + [study.report for study in read_studies(Data(root=FOLDERS[2]))["train"][:300]]
+    for text in texts:
+        assert chexbert.tokenizer(" ".join(text.split()), truncation=True, max_length=512).input_ids == word_pieces(text, words)
+    assert chexbert.label(texts[:12]) == [plain_forward(state, word_pieces(text, words), BertConfig()) for text in texts[:12]]
