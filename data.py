@@ -1,26 +1,41 @@
-"""Studies from disk to batches: R2Gen's annotation format, its report cleaning (A15), images, and the embedded demo.
+"""Studies from disk to batches: R2Gen's annotation format, its report cleaning (A15), images; and the datasets made ready.
 
-    python data.py demo [--out data/demo]      draw the demo (train.py does it by itself when it is missing)
+    python data.py iu_xray [--reports NLMCXR_reports.tgz --images NLMCXR_png.tgz]     # fetched if not named
+    python data.py mimic_cxr --jpg DIR --reports DIR [--sections findings+impression]
+    python data.py check --config configs/iu_xray.yaml                                # open every image, count, compare
+    python data.py demo                                                               # train.py does it by itself
 
 Left out on purpose: augmentation (A21: a flip would turn left into right).
 """
 import argparse
+import csv
+import gzip
 import json
+import os
 import re
-import shutil
+import stat
 import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path, PurePosixPath
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import configs
+from configs.demo import build_demo
 
 SPLITS = ("train", "val", "test")
 
@@ -33,6 +48,8 @@ class Study:
     id: str
     report: str                   # cleaned
     image_paths: tuple[str, ...]  # one for each view, relative to images/
+    patient: str | None = None    # subject_id, or the number of an IU-Xray id; None: not known
+    sections: str | None = None   # of the report, as annotation.json states them (A19); None: not stated
 
 
 def clean_iu_xray(report: str) -> str:
@@ -63,34 +80,49 @@ def clean_mimic_cxr(report: str) -> str:
 CLEANING = {"iu_xray": clean_iu_xray, "mimic_cxr": clean_mimic_cxr, "demo": clean_iu_xray}
 
 
-def read_studies(data: configs.Data) -> dict[str, list[Study]]:
+READY = {"demo": "python data.py demo", "iu_xray": "python data.py iu_xray",
+         "mimic_cxr": "python data.py mimic_cxr --jpg DIR --reports DIR"}
+
+
+def read_studies(data: configs.Data, problems: list[str] | None = None) -> dict[str, list[Study]]:
     """The studies of each split in `data.root`/annotation.json (R2Gen's format), reports cleaned.
 
-    Raises FileNotFoundError if there is no annotation, ValueError for one that is broken, naming the study.
+    Raises FileNotFoundError if there is no annotation, and ValueError for one that is broken or has a patient in two splits,
+    naming the study; with a list of `problems` those of single studies are collected there instead.
     """
-    path = Path(data.root) / "annotation.json"
+    path, patients = Path(data.root) / "annotation.json", {}
     if not path.is_file():
-        raise FileNotFoundError(f"data.root: there is no {path}; see the README, \"Data\", for how to make "
-                                f"{data.dataset} ready, or set data.root to where it is")
+        raise FileNotFoundError(f"data.root: there is no {path}; make it with `{READY[data.dataset]}` (see the README, "
+                                f"\"Data\"), or set data.root to where it is")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("train"), list) or set(tree) - set(SPLITS):
+    if not isinstance(tree, dict) or not isinstance(tree.get("train"), list) or set(tree) - {*SPLITS, "sections"}:
         raise ValueError(f"{path}: expected {{'train': [...], 'val': [...], 'test': [...]}} (val, test may be missing)")
     seen, splits = set(), {}
     for split in SPLITS:
         entries = tree.get(split, [])
         if not isinstance(entries, list):
             raise ValueError(f"{path}: {split}: got {type(entries).__name__}, expected a list of studies")
-        splits[split] = [_study(entry, f"{path}: {split}[{i}]", CLEANING[data.dataset], seen)
-                         for i, entry in enumerate(entries[:data.limit])]
+        splits[split] = []
+        for i, entry in enumerate(entries[:data.limit]):
+            try:
+                study = _study(entry, f"{path}: {split}[{i}]", data.dataset, seen, tree.get("sections"))
+                splits[split].append(study)
+                if study.patient and patients.setdefault(study.patient, split) != split:
+                    raise ValueError(f"{path}: {split}[{i}]: study {study.id!r}: its patient {study.patient} is in "
+                                     f"{patients[study.patient]}, too; a patient must be in one split only")
+            except ValueError as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
     if not splits["train"]:
         raise ValueError(f"{path}: train: no studies")
     return splits
 
 
-def _study(entry, place: str, clean, seen: set) -> Study:
+def _study(entry, place: str, dataset: str, seen: set, sections: str | None) -> Study:
     """Check one entry of the annotation."""
     if not isinstance(entry, dict) or not {"id", "report", "image_path"} <= entry.keys():
         raise ValueError(f"{place}: expected a study with id, report and image_path")
@@ -105,11 +137,21 @@ def _study(entry, place: str, clean, seen: set) -> Study:
     for p in paths:
         if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts or "\\" in p or "\0" in p:
             raise ValueError(f"{place}: study {name!r}: image path {p!r} leaves the images folder")
-    return Study(name, clean(report), tuple(paths))
+    patient = entry.get("subject_id") or (dataset == "iu_xray" and re.match(r"CXR\d+", name) or [None])[0]
+    return Study(name, CLEANING[dataset](report), tuple(paths), patient and str(patient), sections)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum.
+def require_images(splits: dict[str, list[Study]], data: configs.Data) -> None:
+    """The cheap part of `data.py check` for the images: FileNotFoundError if one of them is not there."""
+    images = Path(data.root) / "images"
+    missing = [p for studies in splits.values() for study in studies for p in study.image_paths if not (images / p).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{images}: {len(missing)} images of {data.root}/annotation.json are not there, such as "
+                                f"{missing[0]}; `python data.py check --config ...` lists all that is wrong")
+
+
+def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
+    """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum. `name`: what an error calls it.
 
     Raises FileNotFoundError, or ValueError for a file that is no whole image.
     """
@@ -120,9 +162,9 @@ def open_image(path: str | Path) -> Image.Image:
                 image = Image.fromarray((values * (255 / max(values.max(), 1))).round().astype(np.uint8))
             return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"image {path}: no such file") from None
+        raise FileNotFoundError(f"image {name or path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path}: not a whole PNG or JPEG image ({error})") from None
+        raise ValueError(f"image {name or path}: not a whole PNG or JPEG image ({error})") from None
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
@@ -176,327 +218,310 @@ def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]
 
 
-# The demo: drawn films and reports, and two small pretrained models -------------------------------------------------
-DEMO_SEED, PIXELS, TOKENS = 7, 96, 36
-DEMO_SPLITS = {"train": 2400, "val": 100, "test": 300}
-DEMO_REPORTS = json.loads((Path(configs.__file__).parent / "demo_reports.json").read_text(encoding="utf-8"))
-DEMO_FINDINGS, EXTENTS = DEMO_REPORTS["findings"], DEMO_REPORTS["extents"]["size"]  # small, moderate, large
+# Datasets from their official archives, which are read as untrusted ------------------------------------------------------
+
+OPEN_I = "https://openi.nlm.nih.gov/imgs/collections/"  # of the National Library of Medicine
+IU_XRAY_SPLIT = Path(configs.__file__).parent / "iu_xray_split.json"  # R2Gen's ids of train, val and test
+SHORT_SIDE = 256
+LARGEST_TEXT, LARGEST_IMAGE, MOST_FILES = 1 << 20, 64 << 20, 500_000  # bytes, bytes, files of an archive
 
 
-def choose(options: list[str], rng: np.random.Generator, skew: float = 3.0) -> str:
-    """One wording; each is `skew` times as likely as the next."""
-    weights = skew ** -np.arange(len(options))
-    return options[rng.choice(len(options), p=weights / weights.sum())]
+def download(url: str, path: Path) -> Path:
+    """Fetch `url` into `path` by way of `<path>.part`, from where a stopped download goes on. Nothing to do if it is there."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not path.is_file():
+            done = part.stat().st_size if part.is_file() else 0
+            with urlopen(Request(url, headers={"Range": f"bytes={done}-"} if done else {}), timeout=60) as answer:
+                done = done if answer.status == 206 else 0
+                total = done + int(answer.headers["Content-Length"])
+                bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name)
+                with part.open("ab" if done else "wb") as file, bar:
+                    while block := answer.read(1 << 20):
+                        bar.update(file.write(block))
+            if part.stat().st_size != total:
+                raise OSError(f"got {part.stat().st_size} of {total} bytes")
+            part.rename(path)
+    except (OSError, ValueError, TypeError) as error:  # no connection, no such page, no length
+        if isinstance(error, HTTPError) and error.code == 416 and error.headers["Content-Range"] == f"bytes */{part.stat().st_size}":
+            return part.rename(path)  # it was whole, and only its name was not yet changed
+        raise ValueError(f"{url}: {error}; run the command again to go on, or fetch it by hand and name it on the command "
+                         f"line (--reports, --images)") from None
+    return path
 
 
-def draw_findings(rng: np.random.Generator) -> list[dict]:
-    """At most three findings, each present independently of the others."""
-    present = [name for name, spec in DEMO_FINDINGS.items() if rng.random() < spec["frequency"]]
-    return [{"finding": name, "side": str(rng.choice(["left", "right"])) if DEMO_FINDINGS[name]["sided"] else None,
-             "extent": str(rng.choice(EXTENTS)) if DEMO_FINDINGS[name]["extents"] else None} for name in present[-3:]]
+def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, bytes]]:
+    """(path, content) of the files of a .tgz or .zip that end in `suffix`. Nothing is written, and no name of it used.
 
-
-def write_report(findings: list[dict], rng: np.random.Generator) -> str:
-    """Sentences by region: what is present, else the normal statement; two neighbours change places at times."""
-    absent = [name for name in ("effusion", "pneumothorax") if name not in {f["finding"] for f in findings}]
-    regions = []
-    for region in ("heart", "lung", "pleura", "bone", "device"):
-        sentences = []
-        for f in findings:
-            spec = DEMO_FINDINGS[f["finding"]]
-            if spec["region"] == region:
-                words = DEMO_REPORTS["extents"].get(spec["extents"])
-                extent = words and words[EXTENTS.index(f["extent"])]
-                sentences.append(choose(spec["wordings"], rng).format(s=f["side"], e=extent))
-        normal = DEMO_REPORTS["normal"].get(region)
-        if region == "pleura" and absent:
-            named = " or ".join(absent).replace("effusion", "pleural effusion")
-            sentences.append(choose(DEMO_REPORTS["absent"], rng, 1.6).format(named))
-        elif normal and not sentences and not (region == "bone" and findings and rng.random() < .6):
-            sentences = [choose(normal, rng, 1.6)]
-        regions.append(sentences)
-    if rng.random() < .25:
-        swap = rng.integers(3)
-        regions[swap], regions[swap + 1] = regions[swap + 1], regions[swap]
-    return " ".join(s.capitalize() + "." for sentences in regions for s in sentences)
-
-
-def soft(distance: np.ndarray, edge: float = .015) -> np.ndarray:
-    """1 inside (distance < 0), 0 outside, over an edge of the given width."""
-    return np.clip(.5 - distance / edge, 0, 1)
-
-
-def draw_film(findings: list[dict], lateral: bool, body: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One 8-bit view. ``body`` (24,) in 0..1 is the person, shared by both views. The patient's left is right."""
-    has = {f["finding"]: (f, EXTENTS.index(f["extent"]) if f["extent"] else 1) for f in findings}
-    y, x = (np.mgrid[:PIXELS, :PIXELS].astype(np.float32) + .5) / PIXELS
-    scale = .96 + .09 * body[0]
-    x, y = (x - .5 + .03 * (rng.random() - .5)) / scale + .5, (y - .5 + .03 * (rng.random() - .5)) / scale + .5
-    x = x + .06 * (rng.random() - .5) * (y - .5)                                           # a slight rotation
-
-    def ellipse(cx, cy, rx, ry, edge=.02):
-        return soft((np.hypot((x - cx) / rx, (y - cy) / ry) - 1) * min(rx, ry), edge)
-
-    def stroke(x0, y0, x1, y1, half, edge=.015):
-        t = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / ((x1 - x0) ** 2 + (y1 - y0) ** 2), 0, 1)
-        return soft(np.hypot(x - x0 - t * (x1 - x0), y - y0 - t * (y1 - y0)) - half, edge)
-
-    def sign(name):
-        return 1 if has[name][0]["side"] == "left" else -1
-
-    def spot(name, i):                       # a lesion's centre: kept clear of heart, hilum and diaphragm
-        v = .26 + .38 * body[i + 1]
-        return (.36 + .30 * body[i + 2], v) if lateral else (.5 + sign(name) * (.16 + .09 * body[i]), v)
-
-    heart = .120 + .025 * body[1] + ((.045, .075, .105)[has["cardiomegaly"][1]] if "cardiomegaly" in has else 0)
-    bend = .02 * (body[2] - .5)
-    floor, top = .73 + .05 * (body[3] - .5), .13 + .03 * body[4]
-    skin = ellipse(.5, .68, .40 if lateral else .50, .66, .04)
-    film = .58 * skin
-    sides = [(.48, .285, 0)] if lateral else [(.31, .150, -1), (.69, .150, 1)]
-    for cx, width, side in sides:                                                          # lungs and pleura
-        dome = floor - (.05 - .012 * side) * (1 - ((x - cx) / width) ** 2)
-        cavity = ellipse(cx, .5, width, .5 - top, .02)
-        lung = cavity * soft(y - dome, .02)
-        film += lung * (.20 + .05 * body[5] + .08 * y - film)
-        for k in range(7):                                                                 # ribs, vessels
-            rise = (.35 - .55 * (x - .5)) if lateral else .30 * np.abs(x - .5) + .5 * np.maximum(np.abs(x - .5) - .25, 0)
-            rib = soft(np.abs(y - .13 - .085 * k - rise + (.25 if lateral else 0)) - .010, .02)
-            film += (.05 if lateral else .055) * rib * ellipse(cx, .5, width + .03, .43, .03)
-            a, r, hx = rng.random() * 6.3, .05 + .13 * rng.random(), cx - side * .09
-            film += .05 * lung * stroke(hx, .47, hx + r * np.cos(a) * .7, .47 + r * np.sin(a), .004)
-        if "effusion" in has and (lateral or side == sign("effusion")):
-            outer = (x - cx) / width * (1 if lateral else side)                            # the fluid's meniscus
-            level = floor + .015 - (.06, .14, .25)[has["effusion"][1]] * (.35 + .65 * np.clip(outer + .3, 0, 1.3) ** 2)
-            film += cavity * soft(level - y, .03) * (.62 - film) * .9
-        if "pneumothorax" in has and (lateral or side == sign("pneumothorax")):
-            shrink = (.10, .16, .24)[has["pneumothorax"][1]] * (.6 if lateral else 1)
-            d = np.hypot((x - cx + side * width * shrink * .7) / (width * (1 - shrink * .6)),
-                         (y - .5 - .38 * shrink) / ((.5 - top) * (1 - shrink))) - 1
-            film += lung * soft(-d * .15, .01) * soft(y - .62) * (.10 - film) * .85
-            film += .22 * lung * soft(np.abs(d) * .15 - .005, .01) * soft(y - .62)
-        if "edema" in has:
-            haze = np.exp(-((x - cx + side * .06) / .13) ** 2 - ((y - .48) / .16) ** 2)
-            film += (.14, .22, .32)[has["edema"][1]] * lung * haze * (1 + .2 * rng.standard_normal(x.shape))
-        if "atelectasis" in has and (lateral or side == sign("atelectasis")):
-            for k in range(1 + (body[6] > .5)):
-                ay, ax = floor - .10 - .05 * k - .03 * body[7], cx + (.10 if lateral else .01 * side)
-                film += .34 * cavity * stroke(ax - .07, ay, ax + .07, ay + .05 * (body[8] - .5), .012)
-        if "rib fracture" in has and side == sign("rib fracture"):                         # seen from the front
-            fx, fy = .5 + side * .29, .237 + .085 * int(1 + 4 * body[9])
-            film += .50 * stroke(fx - .025, fy - .025 * side, fx + .025, fy + .005 * side, .012, .02)
-            film -= .35 * stroke(fx - .012, fy + .03, fx + .012, fy - .03, .004)
-    mx = x - bend * np.cos((y - .45) * 7)
-    if lateral:
-        film += .16 * soft(np.abs(mx - .80 + .25 * (y - .5) ** 2) - .04, .03) * (1 + .3 * np.sin(y * 75))
-        film += .15 * soft(np.abs(x - .15) - .012, .02) * soft(y - .6)
-        shadow = ellipse(.36, .60, .02 + heart * .95, .135, .03)
-    else:
-        film += .13 * soft(np.abs(mx - .5) - .035, .02) * (1 + .25 * np.sin(y * 75))
-        film = np.maximum(film, .55 * soft(np.abs(mx - .5 - .01) - .06, .03))
-        for side in (-1, 1):
-            film += .10 * stroke(.5 + side * .05, .20, .5 + side * .36, .13, .012)
-        shadow = ellipse(.5 + .30 * heart, .62, heart, .125 + .1 * heart, .03)
-    film = np.maximum(film, (.60 + .06 * body[10]) * shadow)
-    if "opacity" in has:
-        (cx, cy), r = spot("opacity", 11), (.04, .065, .095)[has["opacity"][1]]
-        haze = np.exp(-(np.hypot((x - cx) / r, (y - cy) / r / (.8 + .4 * body[14]))) ** 2.5)
-        film += .36 * haze * (1 + .25 * rng.standard_normal(x.shape))
-    if "nodule" in has:
-        (cx, cy), r = spot("nodule", 15), (.026, .036, .050)[has["nodule"][1]]
-        film += .42 * ellipse(cx, cy, r, r, .015)
-    if "granuloma" in has:
-        cx, cy = spot("granuloma", 18)
-        film += .80 * ellipse(cx, cy, .018, .018, .012)
-    if "pacemaker" in has:
-        px = .26 if lateral else .5 + sign("pacemaker") * (.24 + .05 * body[21])
-        film = np.maximum(film, .98 * soft(np.maximum(np.abs(x - px) - .04, np.abs(y - .22) - .03)))
-        film = np.maximum(film, .85 * stroke(px, .22, .5, .38, .006))
-        film = np.maximum(film, .85 * stroke(.5, .38, .40 if lateral else .53, .64, .006))
-    film = .05 + (film - .05) * skin
-    coarse = torch.from_numpy(rng.standard_normal((1, 1, 6, 6), dtype=np.float32))
-    film += .02 * F.interpolate(coarse, x.shape, mode="bicubic")[0, 0].numpy() + .015 * rng.standard_normal(x.shape)
-    film = (.9 + .2 * rng.random()) * np.clip(film, 0, 1.2) ** (.9 + .2 * rng.random())
-    return (255 * np.clip(film, 0, 1)).astype(np.uint8)
-
-
-def draw_studies(root: Path, studies: dict[str, int]) -> tuple[dict, dict]:
-    """Images, annotation.json and findings.json; returns the last two."""
-    annotation, truth = {}, {}
-    for number, (split, count) in enumerate(studies.items()):
-        annotation[split] = []
-        for i in tqdm(range(count), f"drawing {split}", mininterval=1):
-            rng = np.random.default_rng([DEMO_SEED, number, i])
-            name, findings, body = f"{split}_{i:04d}", draw_findings(rng), rng.random(24)
-            views = [f"{name}/{v}.png" for v in range(1 if rng.random() < .1 else 2)]
-            (root / "images" / name).mkdir(parents=True, exist_ok=True)
-            for v, path in enumerate(views):
-                Image.fromarray(draw_film(findings, v == 1, body, rng)).save(root / "images" / path)
-            annotation[split].append({"id": name, "report": write_report(findings, rng), "image_path": views})
-            truth[name] = findings
-    return annotation, truth
-
-
-def draw_shapes(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generic shapes on clutter, (count, 1, 96, 96), and which kinds, sizes and signs each cell holds, (count, 11, 6, 6)."""
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(shape, generator=generator)
-
-    def local(n):                                            # turned coordinates around n random centres
-        x, y = grid - uniform(0, 1, count, n, 1, 1), grid[:, None] - uniform(0, 1, count, n, 1, 1)
-        angle = uniform(0, 6.3, count, n, 1, 1)
-        return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-
-    grid = (torch.arange(PIXELS) + .5) / PIXELS
-
-    image = uniform(.1, .6, count, 1, 1, 1).expand(-1, -1, PIXELS, PIXELS).clone()
-    u, v = local(4)                                          # clutter: large ellipses, bands and noise, unlabelled
-    big = ((u / uniform(.15, .5, count, 4, 1, 1)) ** 2 + (v / uniform(.1, .4, count, 4, 1, 1)) ** 2 - 1).mul(-4).sigmoid()
-    image += (big * uniform(-.2, .2, count, 4, 1, 1)).sum(1, keepdim=True)
-    bands = uniform(0, .05, count, 4, 1, 1) * (u * uniform(10, 90, count, 4, 1, 1)).sin().clamp(min=0)
-    image += bands[:, :2].sum(1, keepdim=True)
-    for cells in (4, 12, 48):
-        noise = torch.randn(count, 1, cells, cells, generator=generator) * uniform(0, .06, count, 1, 1, 1)
-        image += F.interpolate(noise, (PIXELS, PIXELS), mode="bilinear")
-    kind, size, sign = (torch.randint(k, (count, 5, 1, 1), generator=generator) for k in (6, 3, 2))
-    u, v = local(5)
-    radius = torch.tensor([.022, .045, .09])[size] * uniform(.75, 1.25, count, 5, 1, 1)
-    rho = torch.hypot(u, v)
-    distance = torch.stack([rho - radius, (rho - radius).abs() - .008, torch.maximum(u.abs(), v.abs()) - radius,
-                            torch.maximum(u.abs() - 2 * radius, v.abs() - .010)])     # disc, ring, box, bar
-    alpha = torch.cat([(.5 - distance / .015).clamp(0, 1), torch.stack([                # blob, grating
-        (-(rho / radius) ** 2).exp(), (-(rho / radius) ** 2).exp() * (.5 + .5 * (u * 120).sin())])])
-    alpha = alpha.gather(0, kind.expand_as(u)[None])[0]
-    image += (alpha * uniform(.10, .60, count, 5, 1, 1) * (2 * sign - 1)).sum(1, keepdim=True)
-    image += .025 * torch.randn(image.shape, generator=generator)
-    traits = torch.cat([F.one_hot(t[..., 0, 0], n) for t, n in ((kind, 6), (size, 3), (sign, 2))], -1).float()
-    cells = (F.max_pool2d(alpha, PIXELS // 6) > .5).float()
-    return image.clamp(0, 1), (cells[:, :, None] * traits[..., None, None]).amax(1)
-
-
-def pretrain(what: str, parameters: list, steps: int, loss_of, beta2: float) -> None:
-    """AdamW under a one-cycle schedule; `loss_of(step)` draws its batch."""
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(.9, beta2), weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=.1)
-    for step in (bar := tqdm(range(steps), f"pretraining the {what}")):
-        loss = loss_of(step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 25 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
-def pretrain_swin(folder: Path, steps: int, batch: int = 32) -> None:
-    """The stand-in for ImageNet: name the generic shapes in each cell. No film, finding or report is used."""
-    from transformers import SwinConfig, SwinModel, ViTImageProcessor
-    torch.manual_seed(DEMO_SEED)
-    generator = torch.Generator().manual_seed(DEMO_SEED)
-    swin = SwinModel(SwinConfig(
-        image_size=PIXELS, patch_size=4, embed_dim=48, depths=[1, 1, 2], num_heads=[2, 4, 6], window_size=6,
-        use_absolute_embeddings=True, drop_path_rate=0.0, initializer_range=.06), add_pooling_layer=False)
-    head = torch.nn.Linear(swin.config.hidden_size, 11)
-    pool = [draw_shapes(64, generator) for _ in tqdm(range(max(1, steps // 19)), "drawing shapes")]
-    images, labels = (torch.cat(parts) for parts in zip(*pool))
-
-    def loss_of(step: int) -> Tensor:
-        rows = torch.randint(len(images), (batch,), generator=generator)
-        flips = [d for d in (2, 3) if torch.rand((), generator=generator) < .5]  # shapes have no left and right
-        x, target = images[rows].flip(flips).expand(-1, 3, -1, -1), labels[rows].flip(flips).flatten(2).mT
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = head(swin((x - .35) / .2).last_hidden_state)
-        return F.binary_cross_entropy_with_logits(logits.float(), target)
-    pretrain("Swin", [*swin.parameters(), *head.parameters()], steps, loss_of, beta2=.95)
-    swin.save_pretrained(folder)
-    ViTImageProcessor(size=dict(height=PIXELS, width=PIXELS), image_mean=[.35] * 3, image_std=[.2] * 3).save_pretrained(folder)
-
-
-def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32) -> None:
-    """A language model of the training reports, seven batches in eight behind a prompt whose image slots hold a noisy sum
-    of some of the report's own words: the habit of a chat model, to use what its prompt says. No image is used."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    torch.manual_seed(DEMO_SEED)
-    rng, generator = np.random.default_rng(DEMO_SEED), torch.Generator().manual_seed(DEMO_SEED)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
-    bpe.train_from_iterator([*reports, *configs.PROMPT * 50], trainers.BpeTrainer(
-        vocab_size=800, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    tokenizer.save_pretrained(folder)
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2))
-    before, after = (tokenizer(t, add_special_tokens=False).input_ids for t in configs.PROMPT)
-    texts = [tokenizer(r, add_special_tokens=False).input_ids for r in reports]
-    seen = np.bincount(np.concatenate([np.unique(t) for t in texts]), minlength=len(tokenizer))
-    weight = np.log(len(texts) / seen.clip(1)).clip(1e-6)      # words that tell reports apart are hinted at more often
-    embed, start = llama.model.embed_tokens, 1 + len(before)
-
-    def loss_of(step: int) -> Tensor:
-        rows = rng.choice(len(texts), batch, replace=False)
-        prompt = [0, *before, *[2] * TOKENS, *after] if step % 8 else [0]
-        ends, longest = [texts[i] + [1] for i in rows], 1 + max(len(texts[i]) for i in rows)
-        ids = torch.tensor([prompt + end + [2] * (longest - len(end)) for end in ends])
-        labels = torch.tensor([[-100] * len(prompt) + end + [-100] * (longest - len(end)) for end in ends])
-        inputs = embed(ids)
-        if step % 8:
-            hints = torch.zeros(batch, 1, len(tokenizer))
-            for b, i in enumerate(rows):
-                words = np.unique(texts[i])
-                count, chance = min(rng.integers(0, 9), len(words)), weight[words] / weight[words].sum()
-                words = rng.choice(words, count, replace=False, p=chance)
-                hints[b, 0, words] = torch.rand(len(words), generator=generator)
-            noise = (torch.randn(batch, n, 192, generator=generator) * sd for n, sd in ((1, .3), (TOKENS, 1.0)))
-            slots = hints @ embed.weight + embed.weight.detach().std() * sum(noise)
-            inputs = torch.cat([inputs[:, :start], slots, inputs[:, start + TOKENS:]], 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            return llama(inputs_embeds=inputs, labels=labels).loss  # padding follows: no mask needed
-    pretrain("Llama", list(llama.parameters()), steps, loss_of, beta2=.999)
-    llama.save_pretrained(folder)
-
-
-def build_demo(root: Path, studies: dict[str, int] = DEMO_SPLITS, swin_steps: int = 900, llama_steps: int = 500) -> None:
-    """Write the demo: a data root in R2Gen's format, and the folders swin and llama in it. Same arguments, same bytes.
-
-    Built under another name and renamed at the end, so that a stopped build leaves nothing that looks whole.
+    Raises FileNotFoundError, or ValueError for a broken archive, and for one that no honest hand has made: with a link or a
+    device, a path that leaves it, a file of more than `largest` bytes, or more than MOST_FILES files.
     """
-    building = root.with_name(root.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)
-    with torch.random.fork_rng():
-        annotation, truth = draw_studies(building, studies)
-        pretrain_swin(building / "swin", swin_steps)
-        pretrain_llama(building / "llama", [clean_iu_xray(s["report"]) for s in annotation["train"]], llama_steps)
-    (building / "findings.json").write_text(json.dumps({
-        "phrases": {name: spec["phrases"] for name, spec in DEMO_FINDINGS.items()},
-        "sides": {"left": ["left"], "right": ["right"]},
-        "extents": {size: sorted({size, grade}) for size, grade in zip(*DEMO_REPORTS["extents"].values())},
-        "studies": truth}))
-    (building / "annotation.json").write_text(json.dumps(annotation))
-    building.rename(root)
+    def members() -> Iterator[tuple[str, int, bool, bool, Callable[[], bytes]]]:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    kind = stat.S_IFMT(info.external_attr >> 16)
+                    yield info.filename, info.file_size, info.is_dir(), kind in (0, stat.S_IFREG), lambda: archive.read(info)
+        else:
+            with tarfile.open(path, "r|*") as archive:
+                for info in archive:
+                    yield info.name, info.size, info.isdir(), info.isreg(), lambda: archive.extractfile(info).read()
+    try:
+        for count, (name, size, is_folder, is_file, read) in enumerate(members()):
+            parts = PurePosixPath(name).parts
+            reason = ("too many files" if count >= MOST_FILES else
+                      "its path leaves the archive" if name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable() else
+                      "neither a file nor a folder" if not is_folder and not is_file else
+                      f"{size} bytes, at most {largest} expected" if size > largest else None)
+            if reason:
+                raise ValueError(f"{path}: refused: {name[:100]!r}: {reason}")
+            if is_file and not is_folder and name.endswith(suffix):
+                yield name, read()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        raise ValueError(f"{path}: not a whole archive ({error}); fetch it again") from None
+
+
+def shrink_image(source: bytes | Path, name: str, target: Path) -> None:
+    """Write a view as 8-bit PNG whose short side has SHORT_SIDE pixels (a smaller one stays as it is)."""
+    image = open_image(BytesIO(source) if isinstance(source, bytes) else source, name)
+    scale = min(1, SHORT_SIDE / min(image.size))
+    image = image.resize([round(length * scale) for length in image.size], Image.Resampling.BICUBIC)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image.save(unfinished := target.with_suffix(".unfinished"), "PNG")
+    unfinished.rename(target)
+
+
+def shrink_images(jobs: Iterable[tuple[bytes | Path, str, Path]], total: int) -> None:
+    """`shrink_image` for all jobs, in one process for each core, with progress; what is there already is not done again."""
+    bar, pending = tqdm(total=total, desc="images", unit="image"), set()
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+        try:
+            for source, name, target in jobs:
+                if not target.is_file():
+                    if len(pending) >= 64:  # a bound: jobs hold whole images
+                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                        for job in done:
+                            job.result()
+                    pending.add(pool.submit(shrink_image, source, name, target))
+                bar.update()
+            for job in pending:
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            bar.close()
+
+
+def finish(building: Path, out: Path, tree: dict) -> None:
+    """The last step of every build: the annotation, then the final name."""
+    missing = [path for split in SPLITS for entry in tree.get(split, []) for path in entry["image_path"]
+               if not (building / "images" / path).is_file()]
+    if missing:
+        raise ValueError(f"{len(missing)} images are not in the archive, such as that of {missing[0]}; is it the whole one? "
+                         f"What is done stays in {building}, and the next run goes on from there")
+    (building / "annotation.json").write_text(json.dumps(tree), encoding="utf-8")
+    building.rename(out)
+    print(f"{out}: " + ", ".join(f"{len(tree.get(split, []))} {split}" for split in SPLITS) + " studies")
+
+
+def read_iu_xray_reports(archive: Path) -> dict[str, tuple[str, list[str]]]:
+    """{id: (FINDINGS text, names of the first two images)} of the studies that R2Gen uses: those with both.
+
+    An id is the name of the first image less its last `-NNNN` part.
+    """
+    studies = {}
+    for name, content in tqdm(read_archive(archive, ".xml", LARGEST_TEXT), desc="reports", unit="report"):
+        try:
+            if b"<!DOCTYPE" in content:
+                raise ElementTree.ParseError("it declares a document type")  # whose entities could blow up
+            tree = ElementTree.fromstring(content)
+        except ElementTree.ParseError as error:
+            raise ValueError(f"{archive}: {name}: not a report of the collection: {error}") from None
+        findings = next((e.text for e in tree.iter("AbstractText") if e.get("Label") == "FINDINGS"), None)
+        images = [e.get("id", "") for e in tree.iter("parentImage")]
+        if findings and findings.strip() and len(images) >= 2:
+            if not all(re.fullmatch(r"CXR[\w-]+-\d+", image) for image in images):
+                raise ValueError(f"{archive}: {name}: image names such as {images[0][:100]!r} are not of the collection")
+            studies[images[0].rpartition("-")[0]] = findings, images[:2]
+    return studies
+
+
+def build_iu_xray(out: Path, reports: Path | None = None, images: Path | None = None) -> None:
+    """R2Gen's IU-Xray from the two archives of Open-i, which are downloaded beside `out` if they are not named."""
+    reports = reports or download(OPEN_I + "NLMCXR_reports.tgz", out.parent / "NLMCXR_reports.tgz")
+    images = images or download(OPEN_I + "NLMCXR_png.tgz", out.parent / "NLMCXR_png.tgz")
+    split, studies = json.loads(IU_XRAY_SPLIT.read_text(encoding="utf-8")), read_iu_xray_reports(reports)
+    unknown = [name for names in split.values() for name in names if name not in studies]
+    if unknown:
+        raise ValueError(f"{reports}: {len(unknown)} of R2Gen's studies are not in it, such as {unknown[0]}; is it the whole archive?")
+    building = out.with_name(out.name + ".building")
+    targets = {image: building / "images" / name / f"{view}.png"
+               for names in split.values() for name in names for view, image in enumerate(studies[name][1])}
+    shrink_images(((content, name, targets[Path(name).stem]) for name, content in read_archive(images, ".png", LARGEST_IMAGE)
+                   if Path(name).stem in targets), len(targets))
+    finish(building, out, {"sections": "findings"} | {key: [{
+        "id": name, "report": studies[name][0], "image_path": [f"{name}/0.png", f"{name}/1.png"], "split": key} for name in names]
+        for key, names in split.items()})
+
+
+# A heading of a MIMIC-CXR report: capitals before a colon, or one of the usual names in any case, at the start of a line.
+HEADING = re.compile(r"^[ \t]*((?:[A-Z][A-Z ,/&()-]*[A-Z)])|(?i:findings?(?:[ ]*(?:and|/|&)[ ]*impressions?)?|impressions?(?:[ ]*(?:and|/|&)[ ]*"
+                     r"findings?)?|indications?|(?:clinical )?history|comparisons?|techniques?|exam(?:ination)?|conclusions?|"
+                     r"recommendations?|notifications?|wet read|reason for exam(?:ination)?|final report))[ \t]*:", re.M)
+
+
+def report_section(text: str, sections: str = "findings") -> str:
+    """The FINDINGS of a MIMIC-CXR report, or FINDINGS and IMPRESSION (A19); "" if it has no FINDINGS.
+
+    A joint section (FINDINGS AND IMPRESSION) is FINDINGS. Of several blocks with text the last counts: it is the final report.
+    """
+    found, headings = {}, list(HEADING.finditer(text))
+    for heading, following in zip(headings, [*headings[1:], None]):
+        body = text[heading.end():following and following.start()].strip()
+        name = heading[1].lower()
+        key = "findings" if "finding" in name else "impression" if "impression" in name else None
+        if key and body.strip("_ \n"):
+            found[key] = body
+    if "findings" not in found:
+        return ""
+    return "\n".join(found[key] for key in sections.split("+") if key in found)
+
+
+def build_mimic_cxr(out: Path, jpg: Path, reports: Path | None, sections: str = "findings", annotation: Path | None = None) -> None:
+    """MIMIC-CXR in R2Gen's form from PhysioNet's folders: one entry for each image of a study with FINDINGS, the official split.
+
+    Args:
+        jpg: mimic-cxr-jpg, with files/ and the table of the split.
+        reports: mimic-cxr, with files/p10/p10000032/s50414267.txt and so on, or its mimic-cxr-reports.zip.
+        annotation: R2Gen's own file; then the reports are not read.
+    """
+    tables = sorted(jpg.glob("mimic-cxr-2.*-split.csv*"))
+    if annotation is None and not tables:
+        raise FileNotFoundError(f"--jpg {jpg}: there is no mimic-cxr-2.*-split.csv.gz; expected the folder of mimic-cxr-jpg")
+    if annotation:
+        try:
+            tree = json.loads(annotation.read_text(encoding="utf-8"))
+        except ValueError:
+            tree = None
+        if not isinstance(tree, dict) or set(tree) - set(SPLITS) or not all(isinstance(entries, list) for entries in tree.values()):
+            raise ValueError(f"--annotation {annotation}: expected R2Gen's {{'train': [...], 'val': [...], 'test': [...]}}")
+        for i, entry in enumerate(entry for split in SPLITS for entry in tree.get(split, [])):
+            _study(entry, f"{annotation}: study {i}", "mimic_cxr", set(), None)  # no path leaves the folder
+    else:
+        with (gzip.open if tables[0].suffix == ".gz" else open)(tables[0], "rt", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            if not all(re.fullmatch(r"\d{8}" if key != "dicom_id" else r"[\w-]+", row.get(key) or "")
+                       for key in ("dicom_id", "study_id", "subject_id")) or row.get("split") not in ("train", "validate", "test"):
+                raise ValueError(f"{tables[0]}: got {row}; expected dicom_id, study_id, subject_id and split of MIMIC-CXR")
+        texts, tree = read_mimic_cxr_reports(reports, rows), {split: [] for split in SPLITS}
+        for row in rows:
+            report = report_section(texts.get(row["study_id"], ""), sections)
+            if report:
+                path = f"p{row['subject_id'][:2]}/p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}.jpg"
+                tree["val" if row["split"] == "validate" else row["split"]].append({
+                    "id": row["dicom_id"], "study_id": int(row["study_id"]), "subject_id": int(row["subject_id"]), "report": report,
+                    "image_path": [path], "split": "val" if row["split"] == "validate" else row["split"]})
+    building, originals = out.with_name(out.name + ".building"), []
+    for split in SPLITS:
+        for entry in tree.get(split, []):
+            originals += entry["image_path"]
+            entry["image_path"] = [str(PurePosixPath(path).with_suffix(".png")) for path in entry["image_path"]]
+    targets = {path: building / "images" / PurePosixPath(path).with_suffix(".png") for path in originals}
+    shrink_images(((jpg / "files" / path, str(jpg / "files" / path), target) for path, target in targets.items()), len(targets))
+    finish(building, out, tree if annotation else {"sections": sections} | tree)
+
+
+def read_mimic_cxr_reports(reports: Path, rows: list[dict]) -> dict[str, str]:
+    """{study_id: text} from a folder or a zip of report files."""
+    if reports.is_file():
+        return {Path(name).stem[1:]: content.decode("utf-8", "replace") for name, content in
+                tqdm(read_archive(reports, ".txt", LARGEST_TEXT), desc="reports", unit="report")}
+    files = reports / "files" if (reports / "files").is_dir() else reports
+    studies = {row["study_id"]: files / f"p{row['subject_id'][:2]}" / f"p{row['subject_id']}" / f"s{row['study_id']}.txt" for row in rows}
+    texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in tqdm(studies.items(), desc="reports", unit="report")
+             if path.is_file()}
+    if not texts:
+        raise FileNotFoundError(f"--reports {reports}: no report is there; expected mimic-cxr-reports.zip, or the folder with "
+                                f"files/p10/p10000032/s50414267.txt")
+    return texts
+
+
+def check(data: configs.Data) -> list[str]:
+    """Print a table of the data, and return all that is wrong with it: every image is opened."""
+    problems: list[str] = []
+    splits, owner = read_studies(data, problems), {}
+    print(f"{data.root}: {data.dataset}, sections: {splits['train'][0].sections or 'not stated'}")
+    print(f"{'split':<8}{'studies':>9}{'patients':>10}{'views':>9}{'reports':>9}{'words':>8}{'longest':>9}")
+    for split, studies in splits.items():
+        words = [len(study.report.split()) for study in studies] or [0]
+        patients = {study.patient for study in studies if study.patient}
+        print(f"{split:<8}{len(studies):9}{len(patients) or '-':>10}{sum(len(study.image_paths) for study in studies):9}"
+              f"{len({study.report for study in studies}):9}{np.mean(words):8.1f}{max(words):9}")
+        for study in studies:
+            for path in study.image_paths:
+                if owner.setdefault(path, study.id) != study.id:
+                    problems.append(f"image {path}: in the studies {owner[path]!r} and {study.id!r}")
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(_image_problem, [Path(data.root) / "images" / path for path in owner], chunksize=32)
+        problems += [problem for problem in tqdm(found, total=len(owner), desc="images", unit="image") if problem]
+    return problems
+
+
+def _image_problem(path: Path) -> str | None:
+    try:
+        image = open_image(path)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    return f"image {path}: every pixel has one value" if all(low == high for low, high in np.atleast_2d(image.getextrema())) else None
 
 
 def build_demo_if_missing(data: configs.Data) -> None:
     if data.dataset == "demo" and not (Path(data.root) / "annotation.json").is_file():
         print(f"{data.root}: not there yet; drawing the demo and pretraining its two models, about three minutes")
-        build_demo(Path(data.root))
+        build_demo(Path(data.root), clean_iu_xray)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=["demo"])
-    parser.add_argument("--out", type=Path, default=Path("data/demo"))
+    commands = parser.add_subparsers(dest="command", required=True)
+    makers = {name: commands.add_parser(name) for name in READY}
+    for name, maker in makers.items():
+        maker.add_argument("--out", type=Path, default=Path("data") / name, help="default: %(default)s")
+    for name, file in (("reports", "NLMCXR_reports.tgz"), ("images", "NLMCXR_png.tgz")):
+        makers["iu_xray"].add_argument(f"--{name}", type=Path, help=f"{file}; downloaded if not named")
+    makers["mimic_cxr"].add_argument("--jpg", type=Path, required=True, help="the folder of mimic-cxr-jpg")
+    source = makers["mimic_cxr"].add_mutually_exclusive_group(required=True)
+    source.add_argument("--reports", type=Path, help="the folder of mimic-cxr, or mimic-cxr-reports.zip")
+    source.add_argument("--annotation", type=Path, help="R2Gen's own annotation.json")
+    makers["mimic_cxr"].add_argument("--sections", choices=("findings", "findings+impression"), default="findings", help="A19")
+    checker = commands.add_parser("check")
+    checker.add_argument("--config", required=True, help="a file of configs/")
+    checker.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args()
+    if args.command == "check":
+        problems = check(configs.load_config(args.config, args.set).data)
+        for problem in problems[:50]:
+            print(problem)
+        if problems:
+            raise ValueError(f"{len(problems)} problems" + (", the first 50 of them above" if len(problems) > 50 else ""))
+        return print("nothing is wrong")
+    if (args.out / "annotation.json").is_file():
+        return print(f"{args.out}: there already; nothing to do")
     if args.out.exists():
-        raise ValueError(f"--out {args.out}: exists; remove it, or name another folder")
-    build_demo(args.out)
+        raise ValueError(f"--out {args.out}: exists and holds no annotation.json; remove it, or name another folder")
+    if args.command == "demo":
+        build_demo(args.out, clean_iu_xray)
+    elif args.command == "iu_xray":
+        build_iu_xray(args.out, args.reports, args.images)
+    else:
+        build_mimic_cxr(args.out, args.jpg, args.reports, args.sections, args.annotation)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -463,7 +463,7 @@ def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: P
         ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
         row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
     (folder / f"{split}_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return write_results(folder, split, rows, model.config, split, [study.report for study in splits["train"]], chexbert)
+    return write_results(folder, split, rows, model.config, split, splits["train"], chexbert)
 
 
 def _rows(studies: list[Study], reports: dict[str, str]) -> list[dict]:
@@ -471,11 +471,14 @@ def _rows(studies: list[Study], reports: dict[str, str]) -> list[dict]:
             for study in studies]
 
 
-def write_results(folder: Path, name: str, rows: list[dict], config: Config, split: str, train_reports: list[str],
+def write_results(folder: Path, name: str, rows: list[dict], config: Config, split: str, train_studies: list[Study],
                   chexbert: Path | None) -> dict:
     """Score, print, and write `<name>_metrics.json` and `<name>_report.html`."""
     label = chexbert_labeller(chexbert, folder / f"{name}_chexbert.json") if chexbert else None
-    metrics = measure(rows, config, split, train_reports, label)
+    metrics = measure(rows, config, split, [study.report for study in train_studies], label)
+    metrics["sections"] = train_studies[0].sections if train_studies else None  # A19: scores of different ones do not compare
+    if metrics["sections"]:
+        metrics["notes"].append(f"reports: the sections {metrics['sections']} (A19)")
     (folder / f"{name}_metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     write_page(folder / f"{name}_report.html", rows, metrics, config, split, label)
     print_metrics(metrics, name)
@@ -514,7 +517,7 @@ def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
             raise ValueError(f"{path}: {len(reports)} reports for the {len(splits[split])} studies of {split} in {config.data.root}; "
                              f"{len(wrong)} ids are in one of them only, such as {min(wrong)!r}; --split names another split")
         rows = _rows(splits[split], reports)
-    write_results(path.parent, name, rows, config, split, [study.report for study in splits["train"]], chexbert)
+    write_results(path.parent, name, rows, config, split, splits["train"], chexbert)
 
 
 def main() -> None:

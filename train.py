@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import configs
 from configs import Config, load_config
-from data import ReportDataset, build_demo_if_missing, collate, epoch_batches, read_studies
+from data import ReportDataset, build_demo_if_missing, collate, epoch_batches, read_studies, require_images
 from evaluate import evaluate, score, write_reports
 from model import VDGen, embed_reports, load_model, read_checkpoint
 
@@ -79,8 +79,6 @@ def open_run(config: Config, resume: bool) -> tuple[Path, dict | None]:
         if changed:
             raise ValueError(f"--resume: {last} was written with another config: " + "; ".join(
                 f"{k} was {before.get(k)}, is {now.get(k)}" for k in changed) + ". Use the same, or another train.output")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     return folder, checkpoint
 
 
@@ -115,6 +113,9 @@ def train(config: Config, resume: bool = False) -> dict | None:
     if len(splits["train"]) < settings.batch_size:
         raise ValueError(f"train.batch_size: {len(splits['train'])} training studies do not fill one batch of "
                          f"{settings.batch_size} (A22); lower it, or raise data.limit")
+    require_images(splits, config.data)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(config).to(device)

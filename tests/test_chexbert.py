@@ -15,7 +15,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "heart", "is", "en
 TINY = BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 TEXTS = ["the heart is enlarged .", "", "  lungs\n are \t clear, no effusion ", "Cardiomegaly - XXX 12 mm \u80ba \u00c9", "zzz",
          "clear" * 21, "the\u200b lu\0ng\ufffd",
-         "the heart is enlarged . no effusion . " * 100]
+         "the heart " * 150 + "no effusion , " * 100 + "mm " * 100]
 
 
 def write_checkpoint(folder, config=TINY, words=WORDS):
@@ -98,7 +98,10 @@ def test_chexbert_has_the_published_shape():
     state = chexbert.state_dict()
     assert state["bert.embeddings.word_embeddings.weight"].shape == (30522, 768) and "bert.pooler.dense.weight" in state
     assert [state[f"linear_heads.{i}.weight"].shape[0] for i in range(14)] == [4] * 13 + [2]
-    assert len(state) == 199 + 28 and CONDITIONS[0] == "Enlarged Cardiomediastinum" and CONDITIONS[-1] == "No Finding"
+    assert len(state) == 199 + 28
+    assert "; ".join(CONDITIONS) == (  # the order of the published heads
+        "Enlarged Cardiomediastinum; Cardiomegaly; Lung Opacity; Lung Lesion; Edema; Consolidation; Pneumonia; Atelectasis; Pneumothorax; "
+        "Pleural Effusion; Pleural Other; Fracture; Support Devices; No Finding")
 
 
 def test_chexbert_refuses_other_files(tmp_path):

@@ -11,8 +11,9 @@ from transformers import ViTImageProcessor
 
 from configs import Data, parse_config
 from conftest import make_tokenizer
-from data import (DEMO_FINDINGS, TOKENS, ReportDataset, Study, build_demo, clean_iu_xray, clean_mimic_cxr, collate,
-                  draw_film, draw_findings, epoch_batches, read_image, read_studies, write_report)
+from configs.demo import DEMO_FINDINGS, TOKENS, build_demo, draw_film, draw_findings, write_report
+from data import (ReportDataset, Study, clean_iu_xray, clean_mimic_cxr, collate, epoch_batches, read_image,
+                  read_studies)
 from evaluate import named_findings
 from model import load_model
 
@@ -167,7 +168,7 @@ def test_epoch_batches_are_a_function_of_seed_and_epoch():
 
 
 def small_demo(root):
-    build_demo(root, dict(train=40, val=3, test=3), swin_steps=3, llama_steps=3)
+    build_demo(root, clean_iu_xray, dict(train=40, val=3, test=3), swin_steps=3, llama_steps=3)
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
