@@ -484,6 +484,24 @@ def build_demo_if_missing(data: configs.Data) -> None:
         build_demo(Path(data.root), clean_iu_xray)
 
 
+def end_in_one_line(main: Callable[[], None]) -> None:
+    """Run a command. An expected fault, a loader's worker's as our own, ends it with one clear line and exit status 1."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        text = str(error).strip()
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+            text = (f"out of memory ({text.splitlines()[0]}); lower train.batch_size (VSE and DID depend on it) or "
+                    f"train.eval_batch_size, or take smaller models")
+        elif "Original Traceback" in text:  # of a worker: its own message is the last line
+            text = text.splitlines()[-1].partition(": ")[2]
+        elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
+            raise
+        sys.exit(f"error: {text}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -521,7 +539,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    end_in_one_line(main)

@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -32,8 +31,9 @@ from tqdm import tqdm
 
 import configs
 from configs import Config, load_config, parse_config
-from data import ReportDataset, Study, build_demo_if_missing, collate, open_image, read_image, read_studies
-from model import CONDITIONS, VDGen, chexbert_labeller, load_model, read_checkpoint
+from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line, open_image, read_image,
+                  read_studies)
+from model import CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks, read_checkpoint
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 PAPER = {  # Tables 1 and 3, the rows of VDGen; all on the test split
@@ -274,13 +274,17 @@ def write_reports(model: VDGen, studies: list[Study]) -> dict[str, str]:
     """Eq. 7 for every study: {id: report}, with a progress bar."""
     data, train = model.config.data, model.config.train
     dataset = ReportDataset(studies, data.root, model.image_size, model.tokenizer, data.max_report_tokens)
-    loader = DataLoader(dataset, train.eval_batch_size, num_workers=data.num_workers, collate_fn=collate,
-                        generator=torch.Generator())  # its own: a validation must not change the state of training
+    batches, (rank, world) = torch.arange(len(studies)).split(train.eval_batch_size), ranks()  # the same for any number of ranks
+    loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]], num_workers=data.num_workers,
+                        collate_fn=collate, generator=torch.Generator())  # its own: a validation must not change the state of training
     was_training, reports = model.training, {}
     model.eval()
     for batch in tqdm(loader, desc="generate", unit="batch", leave=False):
         reports |= zip(batch["ids"], model.generate(batch["images"].to(model.device), batch["view_counts"]))
     model.train(was_training)
+    if world > 1:
+        torch.distributed.all_gather_object(parts := [None] * world, reports)
+        reports = {name: text for part in parts for name, text in part.items()}
     return reports
 
 
@@ -457,6 +461,8 @@ def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: P
         raise ValueError(f"--split {split}: the annotation has no such studies; there are "
                          f"{', '.join(name for name, studies in splits.items() if studies)}")
     reports = reports or write_reports(model, splits[split])
+    if ranks()[0]:
+        return {}  # the first rank scores and writes
     limit, tokenizer = model.config.data.reference_cut_tokens, model.tokenizer
     rows = _rows(splits[split], reports)
     for row in rows:
@@ -533,6 +539,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.predictions:
         return score_again(args.predictions, args.config, args.set, args.split, args.chexbert)
+    join_ranks()
     checkpoint = read_checkpoint(args.checkpoint)
     config = parse_config(checkpoint["config"], args.set, str(args.checkpoint))
     build_demo_if_missing(config.data)
@@ -546,7 +553,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    end_in_one_line(main)

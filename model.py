@@ -4,10 +4,16 @@ Left out on purpose: a [CLS] token (A6) and any projection on the image side of 
 losses.py; their sum (Eq. 8) is in the training loop.
 """
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import partialmethod
 from pathlib import Path
 
 import torch
+import torch.distributed
+import torch.distributed.nn.functional
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,6 +26,30 @@ from losses import did_loss, report_loss, vse_loss
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher alike
 TEACHER_BATCH = 16        # fixed: the padding of a batch changes results of bfloat16 in the last digit (A5)
+
+
+def ranks() -> tuple[int, int]:
+    """(rank of this process, number of ranks); (0, 1) unless torchrun started it."""
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+
+
+def join_ranks() -> None:
+    """Under torchrun: join the group of processes. Ranks behind the first print nothing but their errors."""
+    if "RANK" not in os.environ:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(  # torchrun ends all ranks when one dies; the first may embed reports for hours (A5)
+        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in their order, with gradient to each: VSE and DID contrast the whole batch."""
+    return torch.cat(torch.distributed.nn.functional.all_gather(rows)) if ranks()[1] > 1 else rows
 
 
 class VDGen(nn.Module):
@@ -105,7 +135,8 @@ class VDGen(nn.Module):
             report_lengths: (B,) how many of them count.
             teacher_embed: (B, D_t) y, one for each report (see `embed_reports`); None if `loss.did_weight` is 0.
         Returns:
-            {"report": ..., "vse": ..., "did": ...}, scalars in nats; a term of weight 0 is left out.
+            {"report": ..., "vse": ..., "did": ...}, scalars in nats; a term of weight 0 is left out. With several ranks
+            the mean of each over the ranks is the term of the whole batch, and the mean of its gradients the gradient.
         """
         visual_tokens = self.encode(images, view_counts)
         visual_embed = visual_tokens.mean(dim=1)  # h
@@ -116,13 +147,17 @@ class VDGen(nn.Module):
         kept = torch.arange(report_ids.shape[1], device=self.device) < report_lengths[:, None]
         logits = self.causal_lm.get_output_embeddings()(hidden[kept])  # at report positions only
         terms = {"report": report_loss(logits, report_ids[kept])}
+        if ranks()[1] > 1:  # from the mean over this rank's tokens to its share of the mean over all tokens
+            torch.distributed.all_reduce(tokens := kept.sum().float())
+            terms["report"] = terms["report"] * kept.sum() * ranks()[1] / tokens
         loss = self.config.loss
         with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
             if self.vse_head is not None:
-                z = self.vse_head(visual_embed)
+                z = gathered(self.vse_head(visual_embed))
                 terms["vse"] = vse_loss(z, loss.temperature, loss.vse_self_in_denominator)
             if self.did_head is not None:
-                terms["did"] = did_loss(visual_embed, self.did_head(teacher_embed.float()), loss.temperature)
+                text_embed = gathered(self.did_head(teacher_embed.float()))
+                terms["did"] = did_loss(gathered(visual_embed), text_embed, loss.temperature)
         return terms
 
     @torch.no_grad()

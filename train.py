@@ -1,32 +1,38 @@
 """Train VDGen with a hand-written loop (Sec. 3.4, Eq. 8; settings: Sec. 4.1.2 and A13), then score the test split.
 
     python train.py --config configs/iu_xray.yaml [--resume] [--set section.key=value ...]
+    torchrun --nproc_per_node 8 train.py --config configs/mimic_cxr.yaml     # the same batch, losses and files, by 8 GPUs
 
 A run lives in runs/<config name>/: config.yaml, log.jsonl, teacher.pt (A5), last.pt (everything to resume), best.pt.
 """
 import argparse
+import fcntl
 import json
 import math
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
 
 import peft
 import torch
+import torch.distributed
 import transformers
 import yaml
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import configs
 from configs import Config, load_config
-from data import ReportDataset, build_demo_if_missing, collate, epoch_batches, read_studies, require_images
+from data import (ReportDataset, build_demo_if_missing, collate, end_in_one_line, epoch_batches, read_studies,
+                  require_images)
 from evaluate import evaluate, score, write_reports
-from model import VDGen, embed_reports, load_model, read_checkpoint
+from model import VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint
 
 FREE_TO_CHANGE = {"data.root", "data.num_workers", "train.output", "train.save_every_steps", "train.eval_batch_size"}
 
@@ -39,8 +45,15 @@ def cosine_lr(step: int, steps: int, train: configs.Train) -> float:
 def write_atomically(path: Path, content: dict) -> None:
     """A checkpoint under a temporary name, then renamed: a stop while writing leaves the previous one whole."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[:200]}); the one before it is whole") from None
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -54,12 +67,19 @@ def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> dict[str
     """A5: y for each report, read from `path` if it holds just these reports by this teacher, else computed and kept."""
     names = model.config.model
     key = {"teacher": names.teacher or names.llm, "precision": model.config.train.precision, "texts": sorted(set(reports))}
+    rank, world = ranks()
+    if rank:
+        torch.distributed.barrier()  # the first rank computes them
     if path.is_file():
         kept = torch.load(path, weights_only=True)
-        if kept["key"] == key:
-            return dict(zip(key["texts"], kept["embeddings"]))
-    embeddings = embed_reports(model, reports)
-    write_atomically(path, {"key": key, "embeddings": torch.stack([embeddings[text] for text in key["texts"]])})
+        embeddings = dict(zip(key["texts"], kept["embeddings"])) if kept["key"] == key else None
+    else:
+        embeddings = None
+    if embeddings is None:
+        embeddings = embed_reports(model, reports)
+        write_atomically(path, {"key": key, "embeddings": torch.stack([embeddings[text] for text in key["texts"]])})
+    if world > 1 and not rank:
+        torch.distributed.barrier()
     return embeddings
 
 
@@ -90,6 +110,26 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+def open_log(path: Path, step: int, validated: bool):
+    """log.jsonl, locked against a second run, and without what lies behind `step` (and its validation): that is run again."""
+    if ranks()[0]:
+        return open(os.devnull, "a")
+    file = path.open("a+", encoding="utf-8", buffering=1)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+    except OSError:
+        raise ValueError(f"{path.parent}: another process is training in this folder; wait for it, or use another train.output") from None
+    file.seek(0)
+    kept = 0
+    while step and (text := file.readline()).endswith("\n"):  # a killed run may have left half a line
+        line = json.loads(text)
+        if line.get("step", 0) > step or line.get("step") == step and "val" in line and not validated:
+            break
+        kept += len(text.encode())
+    file.truncate(kept)
+    return file
+
+
 def header(model: VDGen, config: Config) -> dict:
     """The first line of log.jsonl: what ran, with what, on what."""
     def count(module, trained: bool | None = None) -> int:
@@ -100,24 +140,30 @@ def header(model: VDGen, config: Config) -> dict:
                          "transformers": transformers.__version__, "peft": peft.__version__},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"CPU, {torch.get_num_threads()} threads",
+            "ranks": ranks()[1],
             "parameters": {"trained": count(model, True), "frozen": count(model, False), "vision": count(model.vision),
                            "lora": count(model.llm, True)}}
 
 
 def train(config: Config, resume: bool = False) -> dict | None:
-    """Run the whole of a config, or the rest of it; returns the metrics of the final evaluation."""
+    """Run the whole of a config, or the rest of it; returns the metrics of the final evaluation.
+
+    SIGINT and SIGTERM end the step, save, and exit with the usual code (130, 143). Under torchrun each rank takes its part
+    of every batch, and losses, weights and files are those of one process.
+    """
     settings, weights = config.train, config.loss
+    (rank, world), local = ranks(), int(os.environ.get("LOCAL_RANK", 0))
     folder, checkpoint = open_run(config, resume)
     build_demo_if_missing(config.data)
     splits = read_studies(config.data)
     if len(splits["train"]) < settings.batch_size:
         raise ValueError(f"train.batch_size: {len(splits['train'])} training studies do not fill one batch of "
                          f"{settings.batch_size} (A22); lower it, or raise data.limit")
+    if settings.batch_size % world:
+        raise ValueError(f"train.batch_size: {settings.batch_size} studies cannot be shared by {world} ranks equally")
     require_images(splits, config.data)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     torch.manual_seed(settings.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     model = load_model(config).to(device)
     dataset = ReportDataset(splits["train"], config.data.root, model.image_size, model.tokenizer,
                             config.data.max_report_tokens)
@@ -125,44 +171,86 @@ def train(config: Config, resume: bool = False) -> dict | None:
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     epoch_steps = len(dataset) // settings.batch_size
     steps = min(settings.max_steps or math.inf, settings.epochs * epoch_steps)
-    teacher = teacher_embeddings(model, [study.report for study in splits["train"]], folder / "teacher.pt") \
-        if weights.did_weight else None
-    log = [header(model, config)]
-    step, best, best_reports = 0, -math.inf, None
+    step, best, best_reports, validated = 0, -math.inf, None, True
     if checkpoint:
         model.load_trained_state(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, best = checkpoint["step"], checkpoint["best"]
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        log = [line for line in log if line.get("step", 0) <= step]  # steps behind the checkpoint are run again
-        set_random_state(checkpoint["random"], device)
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        step, best, validated = checkpoint["step"], checkpoint["best"], checkpoint["validated"]
+    folder.mkdir(parents=True, exist_ok=True)
+    log_file = open_log(folder / "log.jsonl", step, validated)
+    if not rank:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    if not step:
+        log_file.write(json.dumps(header(model, config)) + "\n")
+    teacher = teacher_embeddings(model, [study.report for study in splits["train"]], folder / "teacher.pt") \
+        if weights.did_weight else None
     print(f"{folder}: {len(dataset)} training studies, {steps} steps of batch {settings.batch_size}, lr {settings.lr} to "
-          f"{settings.min_lr}, on {log[0]['device']}; parameters "
-          + ", ".join(f"{name} {value / 1e6:.2f} M" for name, value in log[0]["parameters"].items()))
+          f"{settings.min_lr}, on {header(model, config)['device']}; parameters "
+          + ", ".join(f"{name} {value / 1e6:.2f} M" for name, value in header(model, config)["parameters"].items()))
+    torch.manual_seed(settings.seed + rank)
+    if checkpoint:  # each rank goes on with its own random numbers
+        set_random_state(checkpoint["random"][rank % len(checkpoint["random"])], device)
+    parallel = DistributedDataParallel(model, [local] if device.type == "cuda" else None, broadcast_buffers=False) \
+        if world > 1 else model
 
-    bar = tqdm(total=steps, initial=step, desc="train", unit="step", mininterval=1)
-    log_file = (folder / "log.jsonl").open("a", buffering=1)
+    def save(name: str) -> None:
+        content = {"model": model.trained_state(), "config": config.to_dict(), "step": step, "best": best}
+        if name == "last.pt":
+            randoms = [random_state(device)] * world
+            if world > 1:
+                torch.distributed.all_gather_object(randoms, random_state(device))
+            content |= {"optimizer": optimizer.state_dict(), "random": randoms, "validated": validated}
+        if not rank:
+            write_atomically(folder / name, content)
+
+    def validate_and_save() -> None:
+        nonlocal best, best_reports, validated
+        value, reports = validate(model, splits, step, log_file)
+        validated = True
+        if value >= best:  # without a val split every value is 0: the last weights are the best known
+            best, best_reports = value, reports
+            save("best.pt")
+        save("last.pt")
+
+    stop, stepping = [], False
+
+    def on_signal(number: int, frame) -> None:
+        if not stepping:  # all is saved
+            sys.exit(128 + number)
+        stop.append(number)
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     model.train()
+    if not validated:
+        validate_and_save()
+    bar = tqdm(total=steps, initial=step, desc="train", unit="step", mininterval=1)
+    share = settings.batch_size // world
     while step < steps:
         epoch, position = divmod(step, epoch_steps)
         batches = epoch_batches(len(dataset), settings.batch_size, settings.seed, epoch)[position:steps - step + position]
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.data.num_workers, collate_fn=collate,
-                            pin_memory=device.type == "cuda", generator=torch.Generator())
-        started = time.perf_counter()
+        loader = DataLoader(dataset, batch_sampler=[batch[rank * share:(rank + 1) * share] for batch in batches],
+                            num_workers=config.data.num_workers, collate_fn=collate, pin_memory=device.type == "cuda",
+                            generator=torch.Generator())
+        stepping, started = True, time.perf_counter()
         for batch in loader:
             images = batch["images"].to(device, non_blocking=True)
             report_ids = batch["report_ids"].to(device, non_blocking=True)
             report_lengths = batch["report_lengths"].to(device, non_blocking=True)
             y = torch.stack([teacher[text] for text in batch["reports"]]).to(device) if teacher else None
             with model.autocast():
-                terms = model(images, batch["view_counts"], report_ids, report_lengths, y)
+                terms = parallel(images, batch["view_counts"], report_ids, report_lengths, y)
             # Eq. 8. With A1's reading of Eq. 3 the VSE term is negative, and so may the total be (A2).
             loss = (terms["report"] + weights.vse_weight * terms.get("vse", 0) + weights.did_weight * terms.get("did", 0))
-            if not loss.isfinite():
-                name = next((name for name, term in terms.items() if not term.isfinite()), "total")
-                raise ValueError(f"step {step + 1}: the {name} loss is {terms.get(name, loss).item()}; the weights of "
-                                 f"the last save are in {folder / 'last.pt'} if there was one; try a lower train.lr")
+            shown = torch.stack([*terms.values(), loss, loss.new_tensor(len(stop))]).detach() / world
+            if world > 1:
+                torch.distributed.all_reduce(shown)  # the means over the ranks; and whether any was told to stop
+            *values, stopped = shown.tolist()
+            values = dict(zip([*terms, "total"], values))
+            if not all(map(math.isfinite, values.values())):
+                name = next(name for name, value in values.items() if not math.isfinite(value))
+                if step:
+                    save("last.pt")
+                raise ValueError(f"step {step + 1}: the {name} loss is {values[name]}; try a lower train.lr"
+                                 + (f"; {folder / 'last.pt'} holds the step before" if step else ""))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
@@ -170,11 +258,10 @@ def train(config: Config, resume: bool = False) -> dict | None:
             optimizer.step()
             step += 1
 
-            line = {"step": step, "epoch": epoch + 1, **{name: term.item() for name, term in terms.items()},
-                    "total": loss.item(), "lr": lr, "gradient_norm": gradient_norm.item()}
+            line = {"step": step, "epoch": epoch + 1, **values, "lr": lr, "gradient_norm": gradient_norm.item()}
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            line |= {"seconds": seconds, "studies_per_second": len(batch["ids"]) / seconds,
-                     "report_tokens_per_second": int(batch["report_lengths"].sum()) / seconds,
+            line |= {"seconds": seconds, "studies_per_second": settings.batch_size / seconds,
+                     "report_tokens_per_second": world * int(batch["report_lengths"].sum()) / seconds,
                      "peak_memory_gb": peak_memory_gb(device)}
             log_file.write(json.dumps(line) + "\n")
             bar.update()
@@ -182,23 +269,26 @@ def train(config: Config, resume: bool = False) -> dict | None:
                             | {"studies/s": f"{line['studies_per_second']:.1f}"}, refresh=False)
 
             last_of_epoch = step % epoch_steps == 0 or step == steps
+            validated = not last_of_epoch
+            if stopped or last_of_epoch or settings.save_every_steps and step % settings.save_every_steps == 0:
+                save("last.pt")
+            if stopped:
+                print(f"stopped at step {step}; --resume goes on from {folder / 'last.pt'}")
+                sys.exit(128 + (stop or [signal.SIGTERM])[0])
             if last_of_epoch:
-                value, reports = validate(model, splits, step, log_file)
-                if value >= best:  # without a val split every value is 0: the last weights are the best known
-                    best, best_reports = value, reports
-                    write_atomically(folder / "best.pt", {"model": model.trained_state(), "config": config.to_dict(),
-                                                          "step": step, "best": best})
-            if last_of_epoch or settings.save_every_steps and step % settings.save_every_steps == 0:
-                write_atomically(folder / "last.pt", {
-                    "model": model.trained_state(), "optimizer": optimizer.state_dict(), "config": config.to_dict(),
-                    "step": step, "best": best, "random": random_state(device)})
-            started = time.perf_counter() if last_of_epoch else started
+                stepping = False
+                validate_and_save()
+                started = time.perf_counter()
     bar.close()
     log_file.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     split = next((name for name in ("test", "val") if splits[name]), None)
     if split is None:
         return print("the annotation has no val and no test studies: nothing to evaluate")
+    if world > 1:
+        torch.distributed.barrier()  # the first rank has written best.pt
     model.load_trained_state(read_checkpoint(folder / "best.pt")["model"])
     return evaluate(model.eval(), split, splits, folder, best_reports if split == "val" else None)
 
@@ -213,8 +303,8 @@ def validate(model: VDGen, splits: dict, step: int, log_file) -> tuple[float, di
     distinct = len(set(reports.values()))
     line = {"step": step, "val": scores | {"distinct": distinct}, "seconds": time.perf_counter() - started}
     log_file.write(json.dumps(line) + "\n")
-    tqdm.write(f"step {step}: val " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-               + f", {distinct} different reports of {len(reports)}, {line['seconds']:.0f} s")
+    print(f"\nstep {step}: val " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+          + f", {distinct} different reports of {len(reports)}, {line['seconds']:.0f} s")
     return (scores["BLEU_4"] + scores["CIDEr"]) / 2, reports
 
 
@@ -235,11 +325,10 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last.pt of the run")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args()
-    train(load_config(args.config, args.set), args.resume)
+    config = load_config(args.config, args.set)
+    join_ranks()
+    train(config, args.resume)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    end_in_one_line(main)

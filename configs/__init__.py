@@ -139,7 +139,7 @@ def parse_config(tree: dict, overrides: list[str] = (), source: str = "config") 
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"--set {override}: expected section.key=value")
+            raise ValueError(f"--set {override!r}: expected section.key=value")
         *sections, leaf = key.split(".")
         branch = tree
         for section in sections:
@@ -149,7 +149,7 @@ def parse_config(tree: dict, overrides: list[str] = (), source: str = "config") 
         try:
             branch[leaf] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ValueError(f"--set {override}: the value is not valid YAML") from None
+            raise ValueError(f"--set {override!r}: the value is not valid YAML") from None
     config = _build(Config, tree, "", source)
     if config.generate.min_new_tokens > config.generate.max_new_tokens:
         raise ValueError(f"{source}: generate.min_new_tokens: got {config.generate.min_new_tokens}, expected at most "
@@ -194,7 +194,8 @@ def _build(cls, tree, prefix: str, source: str):
             known = list(_all_keys(Config))
             near = [name for name in known if name.split(".")[-1] == key]
             near = near or difflib.get_close_matches(f"{prefix}{key}", known, 1, cutoff=0)
-            raise ValueError(f"{source}: {prefix}{key}: unknown key; the nearest known key is {near[0]} "
+            shown = key if str(key).isprintable() else repr(key)
+            raise ValueError(f"{source}: {prefix}{shown}: unknown key; the nearest known key is {near[0]} "
                              f"(known here: {', '.join(_names(cls))})")
     hints, values = get_type_hints(cls), {}
     for f in fields(cls):

@@ -1,5 +1,6 @@
 """Tiny backbones and a tiny dataset, made here: every test runs on a CPU, offline."""
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -109,3 +110,12 @@ def without_java(monkeypatch, request):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "java: runs the program of METEOR 1.5")
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers():
+    """`train` takes SIGINT and SIGTERM; a test that ends it by an exception gives them back here."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -78,6 +78,7 @@ def run_main(monkeypatch, *arguments):
 def test_iu_xray_is_built_from_the_archives(collection, tmp_path, monkeypatch, capsys):
     reports, images = collection
     out = tmp_path / "iu_xray"
+    assert list(data.read_iu_xray_reports(reports)) == ["CXR1_IM-0001", "CXR2_IM-0002-1001", "CXR3_IM-0003", "CXR4_IM-0004"]  # text, two images
     run_main(monkeypatch, "iu_xray", "--out", out, "--reports", reports, "--images", images)
     annotation = json.loads((out / "annotation.json").read_text())
     assert [[entry["id"] for entry in annotation[split]] for split in ("train", "val", "test")] == [
