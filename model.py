@@ -5,6 +5,7 @@ losses.py; their sum (Eq. 8) is in the training loop.
 """
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -270,7 +271,10 @@ def read_checkpoint(path, of: str = "VDGen", keys=("model", "config")) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"checkpoint {path}: no such file") from None
-    except Exception as error:  # a zip, pickle or runtime error, as the junk may be
+    except pickle.UnpicklingError:
+        raise ValueError(f"checkpoint {path}: not a checkpoint of {of}: it holds more than tensors and plain values; pickled "
+                         f"code is never run") from None
+    except Exception as error:  # a zip or runtime error, as the junk may be
         raise ValueError(f"checkpoint {path}: not a checkpoint of {of} ({str(error).strip().splitlines()[0]})") from None
     if not isinstance(checkpoint, dict) or not set(keys) <= checkpoint.keys():
         raise ValueError(f"checkpoint {path}: not a checkpoint of {of}: it has no {' and '.join(f'`{k}`' for k in keys)}")

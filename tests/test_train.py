@@ -1,6 +1,7 @@
 """The loop: exact resume, what a run writes, and what it refuses."""
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import yaml
 
 import train as training
 from configs import parse_config
+from data import end_in_one_line
 from model import read_checkpoint
 from train import cosine_lr, train
 
@@ -150,6 +152,38 @@ def test_non_finite_loss_names_step_and_term(make_config, monkeypatch):
     monkeypatch.setattr("model.did_loss", lambda *args: torch.tensor(math.nan))
     with pytest.raises(ValueError, match="step 1: the did loss is nan"):
         train(make_config())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fault_in_the_loader_is_one_line(make_config, data_root, tmp_path, monkeypatch, workers):
+    """A worker's as the main process's."""
+    root = tmp_path / "data"
+    shutil.copytree(data_root, root)
+    path = root / "images/study03/0.png"
+    path.write_bytes(path.read_bytes()[:300])
+    config = make_config(f"data.root={root}", f"data.num_workers={workers}")
+    with pytest.raises(SystemExit) as ended:
+        end_in_one_line(lambda: train(config))
+    assert str(ended.value) == f"error: image {path}: not a whole PNG or JPEG image (image file is truncated)"
+
+
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB.); lower train.batch_size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "error: DataLoader worker (pid 7) is killed"),
+    (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"), (KeyboardInterrupt(), "130")])
+def test_expected_faults_end_in_one_line(error, line):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as ended:
+        end_in_one_line(main)
+    assert str(ended.value).startswith(line) and "\n" not in str(ended.value)
+
+
+def test_an_unexpected_fault_keeps_its_traceback():
+    def main():
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        end_in_one_line(main)
 
 
 def test_fewer_studies_than_a_batch(make_config):
