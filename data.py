@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -167,10 +168,38 @@ def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
         raise ValueError(f"image {name or path}: not a whole PNG or JPEG image ({error})") from None
 
 
-def read_image(path: str | Path, size: int) -> Tensor:
-    """A24: one view as (3, size, size) uint8, bicubic and antialiased, aspect not kept; grey in three channels."""
-    pixels = torch.from_numpy(np.array(open_image(path).resize((size, size), Image.Resampling.BICUBIC)))
+def read_image(path: str | Path, size: int, cache: Path | None = None) -> Tensor:
+    """A24: one view as (3, size, size) uint8, bicubic and antialiased, aspect not kept; grey in three channels.
+
+    `cache`: a file that holds these pixels, or will; it counts while it has the time of the image's last change.
+    """
+    pixels = _cached(path, cache) if cache else None
+    if pixels is None or pixels.shape[:2] != (size, size):
+        pixels = np.array(open_image(path).resize((size, size), Image.Resampling.BICUBIC))
+        if cache:
+            _cache(pixels, path, cache)
+    pixels = torch.from_numpy(pixels)
     return pixels.expand(3, size, size) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def _cached(path: str | Path, cache: Path) -> np.ndarray | None:
+    try:
+        return np.load(cache) if os.stat(cache).st_mtime_ns == os.stat(path).st_mtime_ns else None
+    except (OSError, ValueError, EOFError):  # none yet, or cut short
+        return None
+
+
+def _cache(pixels: np.ndarray, path: str | Path, cache: Path) -> None:
+    unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            np.save(file, pixels)
+        os.utime(unfinished, ns=(0, os.stat(path).st_mtime_ns))
+        unfinished.rename(cache)
+    except OSError:
+        with suppress(OSError):  # a read-only or full disk: the image is read again the next time
+            unfinished.unlink()
 
 
 class ReportDataset(Dataset):
@@ -181,8 +210,10 @@ class ReportDataset(Dataset):
     Item: {"id": str, "report": str, "images": (V, 3, H, W) uint8, "report_ids": list of token ids}.
     """
 
-    def __init__(self, studies: list[Study], root: str | Path, image_size: int, tokenizer, max_report_tokens: int):
-        self.studies, self.images, self.image_size = studies, Path(root) / "images", image_size
+    def __init__(self, studies: list[Study], data: configs.Data, image_size: int, tokenizer):
+        self.studies, self.images, self.image_size = studies, Path(data.root) / "images", image_size
+        self.cache = Path(data.root) / f"cache_{image_size}" if data.cache_images else None
+        max_report_tokens = data.max_report_tokens
         ids = tokenizer([study.report for study in studies], add_special_tokens=False).input_ids
         self.report_ids = [row + [tokenizer.eos_token_id] if len(row) <= max_report_tokens else row[:max_report_tokens]
                            for row in ids]
@@ -192,7 +223,7 @@ class ReportDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         study = self.studies[index]
-        views = [read_image(self.images / path, self.image_size) for path in study.image_paths]
+        views = [read_image(self.images / path, self.image_size, self.cache and self.cache / f"{path}.npy") for path in study.image_paths]
         return {"id": study.id, "report": study.report, "images": torch.stack(views),
                 "report_ids": self.report_ids[index]}
 

@@ -273,7 +273,7 @@ def score_findings(predictions: dict[str, str], spec: dict) -> dict:
 def write_reports(model: VDGen, studies: list[Study]) -> dict[str, str]:
     """Eq. 7 for every study: {id: report}, with a progress bar."""
     data, train = model.config.data, model.config.train
-    dataset = ReportDataset(studies, data.root, model.image_size, model.tokenizer, data.max_report_tokens)
+    dataset = ReportDataset(studies, data, model.image_size, model.tokenizer)
     batches, (rank, world) = torch.arange(len(studies)).split(train.eval_batch_size), ranks()  # the same for any number of ranks
     loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]], num_workers=data.num_workers,
                         collate_fn=collate, generator=torch.Generator())  # its own: a validation must not change the state of training

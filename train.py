@@ -34,7 +34,7 @@ from data import (ReportDataset, build_demo_if_missing, collate, end_in_one_line
 from evaluate import evaluate, score, write_reports
 from model import VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint
 
-FREE_TO_CHANGE = {"data.root", "data.num_workers", "train.output", "train.save_every_steps", "train.eval_batch_size"}
+FREE_TO_CHANGE = {"data.root", "data.num_workers", "data.cache_images", "train.output", "train.save_every_steps", "train.eval_batch_size"}
 
 
 def cosine_lr(step: int, steps: int, train: configs.Train) -> float:
@@ -165,8 +165,7 @@ def train(config: Config, resume: bool = False) -> dict | None:
     torch.manual_seed(settings.seed)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     model = load_model(config).to(device)
-    dataset = ReportDataset(splits["train"], config.data.root, model.image_size, model.tokenizer,
-                            config.data.max_report_tokens)
+    dataset = ReportDataset(splits["train"], config.data, model.image_size, model.tokenizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     epoch_steps = len(dataset) // settings.batch_size

@@ -1,0 +1,40 @@
+"""The textbook step of the benchmark computes what ours computes; only how differs."""
+from dataclasses import replace
+
+import pytest
+import torch
+from benchmark import textbook_terms
+
+from data import ReportDataset, collate, read_studies
+from model import embed_reports
+
+
+def test_textbook_step_equals_ours(make_model):
+    """All three terms and the gradient, in float32, without dropout; reports of several lengths, one of them cut."""
+    model = make_model("model.lora.dropout=0").eval()
+    studies = [study for study in read_studies(model.config.data)["train"] if len(study.image_paths) == 2]
+    dataset = ReportDataset(studies, replace(model.config.data, max_report_tokens=(limit := 12)), model.image_size, model.tokenizer)
+    lengths = [len(ids) for ids in dataset.report_ids]
+    assert len(set(lengths)) > 1 and max(lengths) == limit
+    batch = collate([dataset[i] for i in range(len(studies))])
+    y = torch.stack([embed_reports(model, batch["reports"])[text] for text in batch["reports"]])
+    ours = model(batch["images"], batch["view_counts"], batch["report_ids"], batch["report_lengths"], y)
+    theirs = textbook_terms(model, batch["images"], batch["view_counts"], batch["reports"], limit)
+    for name in ("report", "vse"):  # the teacher of the textbook would read the cut report
+        assert theirs[name].item() == pytest.approx(ours[name].item(), abs=1e-5), name
+    gradients = []
+    for terms in (ours, theirs):
+        model.zero_grad()
+        (terms["report"] + terms["vse"]).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+
+
+def test_textbook_teacher_equals_ours(make_model):
+    model = make_model("model.lora.dropout=0").eval()
+    studies = [study for study in read_studies(model.config.data)["train"] if len(study.image_paths) == 2]
+    dataset = ReportDataset(studies, model.config.data, model.image_size, model.tokenizer)
+    batch = collate([dataset[i] for i in range(len(studies))])
+    y = torch.stack([embed_reports(model, batch["reports"])[text] for text in batch["reports"]])
+    ours = model(batch["images"], batch["view_counts"], batch["report_ids"], batch["report_lengths"], y)["did"]
+    assert textbook_terms(model, batch["images"], batch["view_counts"], batch["reports"], 100)["did"].item() == pytest.approx(ours.item(), abs=1e-5)
