@@ -100,21 +100,26 @@ def test_killed_runs_end_as_an_undisturbed_one(config_file, tmp_path):
 
 @pytest.mark.skipif("VDGEN_SLOW" not in os.environ, reason="twenty kills of a demo run take a quarter of an hour: VDGEN_SLOW=1 runs them")
 def test_twenty_kills_of_a_demo_run(tmp_path):
-    settings = ("--set", "train.max_steps=200", "data.limit=400", "train.save_every_steps=1")
+    settings = ("--set", "train.max_steps=250", "data.limit=400", "train.save_every_steps=1")
     for name in ("whole", "killed"):
         (tmp_path / f"{name}.yaml").write_text((REPOSITORY / "configs/demo.yaml").read_text())
     whole, killed = ([tmp_path / f"{name}.yaml", *settings, f"train.output={tmp_path / name}"] for name in ("whole", "killed"))
     done = run(*whole, timeout=900)
     assert done.returncode == 0, done.stderr
     rng = random.Random(0)
-    moments = []
+    log, moments = tmp_path / "killed/log.jsonl", []
+
+    def lines():
+        return log.read_text().count("\n") if log.is_file() else 0
     for _ in range(20):
-        process = start(*killed, "--resume")
-        time.sleep(rng.uniform(8, 20))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        process, goal, end = start(*killed, "--resume"), lines() + rng.randint(0, 20), time.monotonic() + rng.uniform(5, 60)
+        while process.poll() is None and lines() < goal and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        assert process.poll() is None, "it ended before its kill"
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        moments.append((tmp_path / "killed/log.jsonl").read_text().count("\n") if (tmp_path / "killed/log.jsonl").is_file() else 0)
+        moments.append(lines())
     print("log lines at each kill:", moments)
     assert run(*killed, "--resume", timeout=900).returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
