@@ -179,15 +179,17 @@ def train(config: Config, resume: bool = False) -> dict | None:
     log_file = open_log(folder / "log.jsonl", step, validated)
     if not rank:
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    about = header(model, config)
     if not step:
-        log_file.write(json.dumps(header(model, config)) + "\n")
+        log_file.write(json.dumps(about) + "\n")
     teacher = teacher_embeddings(model, [study.report for study in splits["train"]], folder / "teacher.pt") \
         if weights.did_weight else None
     print(f"{folder}: {len(dataset)} training studies, {steps} steps of batch {settings.batch_size}, lr {settings.lr} to "
-          f"{settings.min_lr}, on {header(model, config)['device']}; parameters "
-          + ", ".join(f"{name} {value / 1e6:.2f} M" for name, value in header(model, config)["parameters"].items()))
-    torch.manual_seed(settings.seed + rank)
-    if checkpoint:  # each rank goes on with its own random numbers
+          f"{settings.min_lr}, on {about['device']}; parameters "
+          + ", ".join(f"{name} {value / 1e6:.2f} M" for name, value in about["parameters"].items()))
+    if rank:  # each rank drops out by its own random numbers
+        torch.manual_seed(settings.seed + rank)
+    if checkpoint:
         set_random_state(checkpoint["random"][rank % len(checkpoint["random"])], device)
     parallel = DistributedDataParallel(model, [local] if device.type == "cuda" else None, broadcast_buffers=False) \
         if world > 1 else model
