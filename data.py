@@ -223,7 +223,8 @@ class ReportDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         study = self.studies[index]
-        views = [read_image(self.images / path, self.image_size, self.cache and self.cache / f"{path}.npy") for path in study.image_paths]
+        views = [read_image(self.images / path, self.image_size, self.cache and self.cache / f"{path}.npy")
+                 for path in study.image_paths]
         return {"id": study.id, "report": study.report, "images": torch.stack(views),
                 "report_ids": self.report_ids[index]}
 
@@ -275,8 +276,9 @@ def download(url: str, path: Path) -> Path:
                 raise OSError(f"got {part.stat().st_size} of {total} bytes")
             part.rename(path)
     except (OSError, ValueError, TypeError) as error:  # no connection, no such page, no length
-        if isinstance(error, HTTPError) and error.code == 416 and error.headers["Content-Range"] == f"bytes */{part.stat().st_size}":
-            return part.rename(path)  # it was whole, and only its name was not yet changed
+        if isinstance(error, HTTPError) and error.code == 416:  # nothing is left to send
+            if error.headers["Content-Range"] == f"bytes */{part.stat().st_size}":
+                return part.rename(path)  # it was whole, and only its name was not yet changed
         raise ValueError(f"{url}: {error}; run the command again to go on, or fetch it by hand and name it on the command "
                          f"line (--reports, --images)") from None
     return path
@@ -301,8 +303,9 @@ def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, b
     try:
         for count, (name, size, is_folder, is_file, read) in enumerate(members()):
             parts = PurePosixPath(name).parts
+            leaves = name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable()
             reason = ("too many files" if count >= MOST_FILES else
-                      "its path leaves the archive" if name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable() else
+                      "its path leaves the archive" if leaves else
                       "neither a file nor a folder" if not is_folder and not is_file else
                       f"{size} bytes, at most {largest} expected" if size > largest else None)
             if reason:
@@ -386,7 +389,8 @@ def build_iu_xray(out: Path, reports: Path | None = None, images: Path | None = 
     split, studies = json.loads(IU_XRAY_SPLIT.read_text(encoding="utf-8")), read_iu_xray_reports(reports)
     unknown = [name for names in split.values() for name in names if name not in studies]
     if unknown:
-        raise ValueError(f"{reports}: {len(unknown)} of R2Gen's studies are not in it, such as {unknown[0]}; is it the whole archive?")
+        raise ValueError(f"{reports}: {len(unknown)} of R2Gen's studies are not in it, such as {unknown[0]}; is it the "
+                         f"whole archive?")
     building = out.with_name(out.name + ".building")
     targets = {image: building / "images" / name / f"{view}.png"
                for names in split.values() for name in names for view, image in enumerate(studies[name][1])}
@@ -398,9 +402,11 @@ def build_iu_xray(out: Path, reports: Path | None = None, images: Path | None = 
 
 
 # A heading of a MIMIC-CXR report: capitals before a colon, or one of the usual names in any case, at the start of a line.
-HEADING = re.compile(r"^[ \t]*((?:[A-Z][A-Z ,/&()-]*[A-Z)])|(?i:findings?(?:[ ]*(?:and|/|&)[ ]*impressions?)?|impressions?(?:[ ]*(?:and|/|&)[ ]*"
-                     r"findings?)?|indications?|(?:clinical )?history|comparisons?|techniques?|exam(?:ination)?|conclusions?|"
-                     r"recommendations?|notifications?|wet read|reason for exam(?:ination)?|final report))[ \t]*:", re.M)
+HEADING = re.compile(
+    r"^[ \t]*((?:[A-Z][A-Z ,/&()-]*[A-Z)])|(?i:findings?(?:[ ]*(?:and|/|&)[ ]*impressions?)?|"
+    r"impressions?(?:[ ]*(?:and|/|&)[ ]*findings?)?|indications?|(?:clinical )?history|comparisons?|techniques?|"
+    r"exam(?:ination)?|reason for exam(?:ination)?|conclusions?|recommendations?|notifications?|wet read|final report))[ \t]*:",
+    re.M)
 
 
 def report_section(text: str, sections: str = "findings") -> str:
@@ -420,8 +426,9 @@ def report_section(text: str, sections: str = "findings") -> str:
     return "\n".join(found[key] for key in sections.split("+") if key in found)
 
 
-def build_mimic_cxr(out: Path, jpg: Path, reports: Path | None, sections: str = "findings", annotation: Path | None = None) -> None:
-    """MIMIC-CXR in R2Gen's form from PhysioNet's folders: one entry for each image of a study with FINDINGS, the official split.
+def build_mimic_cxr(out: Path, jpg: Path, reports: Path | None, sections: str = "findings",
+                    annotation: Path | None = None) -> None:
+    """MIMIC-CXR in R2Gen's form from PhysioNet's folders: an entry for each image of a study with FINDINGS, the official split.
 
     Args:
         jpg: mimic-cxr-jpg, with files/ and the table of the split.
@@ -471,9 +478,9 @@ def read_mimic_cxr_reports(reports: Path, rows: list[dict]) -> dict[str, str]:
         return {Path(name).stem[1:]: content.decode("utf-8", "replace") for name, content in
                 tqdm(read_archive(reports, ".txt", LARGEST_TEXT), desc="reports", unit="report")}
     files = reports / "files" if (reports / "files").is_dir() else reports
-    studies = {row["study_id"]: files / f"p{row['subject_id'][:2]}" / f"p{row['subject_id']}" / f"s{row['study_id']}.txt" for row in rows}
-    texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in tqdm(studies.items(), desc="reports", unit="report")
-             if path.is_file()}
+    paths = {row["study_id"]: files / f"p{row['subject_id'][:2]}/p{row['subject_id']}/s{row['study_id']}.txt" for row in rows}
+    texts = {name: path.read_text(encoding="utf-8", errors="replace")
+             for name, path in tqdm(paths.items(), desc="reports", unit="report") if path.is_file()}
     if not texts:
         raise FileNotFoundError(f"--reports {reports}: no report is there; expected mimic-cxr-reports.zip, or the folder with "
                                 f"files/p10/p10000032/s50414267.txt")
@@ -506,7 +513,8 @@ def _image_problem(path: Path) -> str | None:
         image = open_image(path)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
-    return f"image {path}: every pixel has one value" if all(low == high for low, high in np.atleast_2d(image.getextrema())) else None
+    blank = all(low == high for low, high in np.atleast_2d(image.getextrema()))
+    return f"image {path}: every pixel has one value" if blank else None
 
 
 def build_demo_if_missing(data: configs.Data) -> None:

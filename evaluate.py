@@ -231,9 +231,13 @@ def score_clinical(predictions: list[list[int]], references: list[list[int]]) ->
     """
     groups = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}
     ours, theirs = np.array(predictions), np.array(references)
-    return {reading: {size: precision_recall_f1(np.isin(ours[:, columns], positive), np.isin(theirs[:, columns], positive), labels)
-                      for size, labels in groups.items() for columns in [[CONDITIONS.index(label) for label in labels]]}
-            for reading, positive in (("uncertain_negative", [1]), ("uncertain_positive", [1, 3]))}
+    found = {}
+    for reading, positive in (("uncertain_negative", [1]), ("uncertain_positive", [1, 3])):
+        named, true = np.isin(ours, positive), np.isin(theirs, positive)
+        columns = {size: [CONDITIONS.index(label) for label in labels] for size, labels in groups.items()}
+        found[reading] = {size: precision_recall_f1(named[:, columns[size]], true[:, columns[size]], labels)
+                          for size, labels in groups.items()}
+    return found
 
 
 def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
@@ -260,7 +264,8 @@ def score_findings(predictions: dict[str, str], spec: dict) -> dict:
     named = [named_findings(text, spec) for text in predictions.values()]
     true = [{f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][name]} for name in predictions]
     labels = list(spec["phrases"])
-    found = precision_recall_f1(*(np.array([[label in row for label in labels] for row in rows]) for rows in (named, true)), labels)
+    present = [np.array([[label in row for label in labels] for row in rows]) for rows in (named, true)]
+    found = precision_recall_f1(*present, labels)
     for i, key in enumerate(("side", "extent")):
         right = [ours[label][i] == theirs[label][i] for ours, theirs in zip(named, true)
                  for label in ours.keys() & theirs.keys() if theirs[label][i] is not None]
@@ -274,9 +279,11 @@ def write_reports(model: VDGen, studies: list[Study]) -> dict[str, str]:
     """Eq. 7 for every study: {id: report}, with a progress bar."""
     data, train = model.config.data, model.config.train
     dataset = ReportDataset(studies, data, model.image_size, model.tokenizer)
-    batches, (rank, world) = torch.arange(len(studies)).split(train.eval_batch_size), ranks()  # the same for any number of ranks
-    loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]], num_workers=data.num_workers,
-                        collate_fn=collate, generator=torch.Generator())  # its own: a validation must not change the state of training
+    rank, world = ranks()
+    batches = torch.arange(len(studies)).split(train.eval_batch_size)  # the same for any number of ranks
+    loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
+                        num_workers=data.num_workers, collate_fn=collate,
+                        generator=torch.Generator())  # its own: a validation must not change the state of training
     was_training, reports = model.training, {}
     model.eval()
     for batch in tqdm(loader, desc="generate", unit="batch", leave=False):
@@ -319,11 +326,13 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
         if spec:
             scores["findings"] = score_findings(texts, spec)
         if label:
-            scores["clinical"] = {"headline": HEADLINE} | score_clinical(label(list(texts.values())), label(list(references.values())))
+            classes = [label(list(part.values())) for part in (texts, references)]
+            scores["clinical"] = {"headline": HEADLINE} | score_clinical(*classes)
         return scores
     metrics = tables(predictions)
     texts = {"predictions": predictions, "references": references} | ({"cut_references": cut} if cut else {})
-    metrics["mean_words"] = {name: float(np.mean([len(text.split()) for text in part.values()])) for name, part in texts.items()}
+    metrics["mean_words"] = {name: float(np.mean([len(text.split()) for text in part.values()]))
+                             for name, part in texts.items()}
     metrics["constant"] = tables(constant) if constant else None
     if constant:
         metrics["constant"]["text"] = next(iter(constant.values()))
@@ -350,7 +359,8 @@ def print_metrics(metrics: dict, name: str) -> None:
           f"{words['predictions']:.1f} words a report (references {words['references']:.1f})")
 
     def line(title: str, values) -> None:
-        print(f"{title:<38}" + "".join(f"{'-' if v is None else v if isinstance(v, (str, int)) else format(v, '.3f'):>10}" for v in values))
+        cells = ("-" if v is None else v if isinstance(v, (str, int)) else format(v, ".3f") for v in values)
+        print(f"{title:<38}" + "".join(f"{cell:>10}" for cell in cells))
 
     def means(part: dict, mean: str) -> list[float]:
         return [part[f"{mean}_{key}"] for key in ("precision", "recall", "f1")]
@@ -437,18 +447,21 @@ def write_page(path: Path, rows: list[dict], metrics: dict, config: Config, spli
         if spec:
             details = {"reference": {f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][row["id"]]},
                        "prediction": named_findings(row["prediction"], spec)}
-            return {side: [[name, " ".join(filter(None, detail))] for name, detail in named.items()] for side, named in details.items()}
+            return {side: [[name, " ".join(filter(None, detail))] for name, detail in named.items()]
+                    for side, named in details.items()}
         return label and {side: [[name, {1: "", 3: "uncertain"}[c]] for name, c in zip(CONDITIONS, classes) if c in (1, 3)]
                           for side in ("reference", "prediction") for classes in label([row[side]])}
     views = sum(len(rows[i].get("image_path", [])) for group in groups.values() for i in group)
     pixels = int(PAGE_PIXELS * min(1, math.sqrt(2 * PAGE_CASES / max(views, 1))))
     header, lines = curves(path.parent / "log.jsonl")
     cases = [{key: rows[i][key] for key in ("id", "reference", "prediction")}
-             | {"group": group, "rank": order.index(i) + 1, "cider": cider[i], "rouge_l": rouge_l(rows[i]["prediction"], rows[i]["reference"]),
-                "views": [thumbnail(root / "images" / view, pixels) for view in rows[i].get("image_path", [])], "tags": tags(rows[i])}
+             | {"group": group, "rank": order.index(i) + 1, "cider": cider[i],
+                "rouge_l": rouge_l(rows[i]["prediction"], rows[i]["reference"]), "tags": tags(rows[i]),
+                "views": [thumbnail(root / "images" / view, pixels) for view in rows[i].get("image_path", [])]}
              for group, chosen in groups.items() for i in chosen]
-    data = {"name": path.stem.removesuffix("_report"), "split": split, "names": METRICS, "config": config.to_dict(), "header": header,
-            "metrics": metrics, "curves": lines, "cases": cases, "tagger": "findings.json" if spec else "CheXbert" if label else None}
+    data = {"name": path.stem.removesuffix("_report"), "split": split, "names": METRICS, "config": config.to_dict(),
+            "header": header, "metrics": metrics, "curves": lines, "cases": cases,
+            "tagger": "findings.json" if spec else "CheXbert" if label else None}
     template = (Path(configs.__file__).parent / "report.html").read_text(encoding="utf-8")
     text = json.dumps(data).replace("<", "\\u003c")  # nothing in it can end the script that holds it
     path.write_text(template.replace("/*DATA*/", text), encoding="utf-8")
@@ -491,7 +504,8 @@ def write_results(folder: Path, name: str, rows: list[dict], config: Config, spl
     return metrics
 
 
-def score_again(path: Path, config_path: Path | None, overrides: list[str] = (), split: str | None = None, chexbert: Path | None = None) -> None:
+def score_again(path: Path, config_path: Path | None, overrides: list[str] = (), split: str | None = None,
+                chexbert: Path | None = None) -> None:
     """Score a file of predictions without a model.
 
     `.jsonl`: ours, which holds the references. `.json`: {id: text} or {id: [text]}, as R2GenGPT and its heirs write it;

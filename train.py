@@ -34,7 +34,8 @@ from data import (ReportDataset, build_demo_if_missing, collate, end_in_one_line
 from evaluate import evaluate, score, write_reports
 from model import VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint
 
-FREE_TO_CHANGE = {"data.root", "data.num_workers", "data.cache_images", "train.output", "train.save_every_steps", "train.eval_batch_size"}
+FREE_TO_CHANGE = {"data.root", "data.num_workers", "data.cache_images", "train.output", "train.save_every_steps",
+                  "train.eval_batch_size"}
 
 
 def cosine_lr(step: int, steps: int, train: configs.Train) -> float:
@@ -118,7 +119,8 @@ def open_log(path: Path, step: int, validated: bool):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
     except OSError:
-        raise ValueError(f"{path.parent}: another process is training in this folder; wait for it, or use another train.output") from None
+        raise ValueError(f"{path.parent}: another process is training in this folder; wait for it, or use another "
+                         f"train.output") from None
     file.seek(0)
     kept = 0
     while step and (text := file.readline()).endswith("\n"):  # a killed run may have left half a line
