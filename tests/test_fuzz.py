@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from configs import Data, load_config
 from data import clean_iu_xray, clean_mimic_cxr, read_studies
 
-many = settings(max_examples=int(os.environ.get("VDGEN_FUZZ", 300)), deadline=None,
+many = settings(max_examples=int(os.environ.get("VDGEN_FUZZ", 300)), deadline=None, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["1.", ". . .", "../x", "/x", "a.png", "\0"])
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)
