@@ -311,6 +311,9 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
     cut = {row["id"]: row["reference_cut"] for row in rows if row.get("reference_cut") is not None}
     findings = Path(config.data.root) / "findings.json"
     spec = json.loads(findings.read_text(encoding="utf-8")) if findings.is_file() else None
+    unknown = [name for name in predictions if spec and name not in spec["studies"]]
+    if unknown:
+        raise ValueError(f"{findings}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; it must hold all of them, or be away")
 
     scored = []  # every table of scores, and the pairs that it is of
 

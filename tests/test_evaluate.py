@@ -198,6 +198,8 @@ def test_measure_scores_findings_where_the_data_has_them(tmp_path):
     metrics = measure(rows_of(predictions, predictions), config_for(tmp_path, "demo"), "test", ["left pleural effusion ."] * 3)
     assert metrics["findings"] == score_findings(predictions, SPEC)
     assert metrics["constant"]["findings"]["micro_recall"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="findings.json: 1 studies are not in it, such as 'z'"):
+        measure(rows_of({"z": "clear ."}, {"z": "clear ."}), config_for(tmp_path, "demo"), "test", [])
     evaluate.print_metrics(metrics, "test")
 
 
