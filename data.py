@@ -79,8 +79,6 @@ def clean_mimic_cxr(report: str) -> str:
 
 
 CLEANING = {"iu_xray": clean_iu_xray, "mimic_cxr": clean_mimic_cxr, "demo": clean_iu_xray}
-
-
 READY = {"demo": "python data.py demo", "iu_xray": "python data.py iu_xray",
          "mimic_cxr": "python data.py mimic_cxr --jpg DIR --reports DIR"}
 
@@ -331,7 +329,7 @@ def shrink_image(source: bytes | Path, name: str, target: Path) -> None:
 def shrink_images(jobs: Iterable[tuple[bytes | Path, str, Path]], total: int) -> None:
     """`shrink_image` for all jobs, in one process for each core, with progress; what is there already is not done again."""
     bar, pending = tqdm(total=total, desc="images", unit="image"), set()
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+    with ProcessPoolExecutor() as pool:
         try:
             for source, name, target in jobs:
                 if not target.is_file():
@@ -445,8 +443,9 @@ def build_mimic_cxr(out: Path, jpg: Path, reports: Path | None, sections: str = 
             tree = None
         if not isinstance(tree, dict) or set(tree) - set(SPLITS) or not all(isinstance(entries, list) for entries in tree.values()):
             raise ValueError(f"--annotation {annotation}: expected R2Gen's {{'train': [...], 'val': [...], 'test': [...]}}")
+        seen = set()
         for i, entry in enumerate(entry for split in SPLITS for entry in tree.get(split, [])):
-            _study(entry, f"{annotation}: study {i}", "mimic_cxr", set(), None)  # no path leaves the folder
+            _study(entry, f"{annotation}: study {i}", "mimic_cxr", seen, None)  # no path leaves the folder
     else:
         with (gzip.open if tables[0].suffix == ".gz" else open)(tables[0], "rt", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -454,21 +453,20 @@ def build_mimic_cxr(out: Path, jpg: Path, reports: Path | None, sections: str = 
             if not all(re.fullmatch(r"\d{8}" if key != "dicom_id" else r"[\w-]+", row.get(key) or "")
                        for key in ("dicom_id", "study_id", "subject_id")) or row.get("split") not in ("train", "validate", "test"):
                 raise ValueError(f"{tables[0]}: got {row}; expected dicom_id, study_id, subject_id and split of MIMIC-CXR")
-        texts, tree = read_mimic_cxr_reports(reports, rows), {split: [] for split in SPLITS}
+        texts = {study: report_section(text, sections) for study, text in read_mimic_cxr_reports(reports, rows).items()}
+        tree = {split: [] for split in SPLITS}
         for row in rows:
-            report = report_section(texts.get(row["study_id"], ""), sections)
+            split, report = row["split"].replace("validate", "val"), texts.get(row["study_id"])
             if report:
                 path = f"p{row['subject_id'][:2]}/p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}.jpg"
-                tree["val" if row["split"] == "validate" else row["split"]].append({
-                    "id": row["dicom_id"], "study_id": int(row["study_id"]), "subject_id": int(row["subject_id"]), "report": report,
-                    "image_path": [path], "split": "val" if row["split"] == "validate" else row["split"]})
-    building, originals = out.with_name(out.name + ".building"), []
-    for split in SPLITS:
-        for entry in tree.get(split, []):
-            originals += entry["image_path"]
-            entry["image_path"] = [str(PurePosixPath(path).with_suffix(".png")) for path in entry["image_path"]]
-    targets = {path: building / "images" / PurePosixPath(path).with_suffix(".png") for path in originals}
-    shrink_images(((jpg / "files" / path, str(jpg / "files" / path), target) for path, target in targets.items()), len(targets))
+                tree[split].append({"id": row["dicom_id"], "study_id": int(row["study_id"]), "split": split,
+                                    "subject_id": int(row["subject_id"]), "report": report, "image_path": [path]})
+    building, targets = out.with_name(out.name + ".building"), {}  # {original: its small PNG}
+    for entry in (entry for split in SPLITS for entry in tree.get(split, [])):
+        small = [str(PurePosixPath(path).with_suffix(".png")) for path in entry["image_path"]]
+        targets |= {jpg / "files" / path: building / "images" / png for path, png in zip(entry["image_path"], small)}
+        entry["image_path"] = small
+    shrink_images(((path, str(path), target) for path, target in targets.items()), len(targets))
     finish(building, out, tree if annotation else {"sections": sections} | tree)
 
 

@@ -149,8 +149,9 @@ class VDGen(nn.Module):
         logits = self.causal_lm.get_output_embeddings()(hidden[kept])  # at report positions only
         terms = {"report": report_loss(logits, report_ids[kept])}
         if ranks()[1] > 1:  # from the mean over this rank's tokens to its share of the mean over all tokens
-            torch.distributed.all_reduce(tokens := kept.sum().float())
-            terms["report"] = terms["report"] * kept.sum() * ranks()[1] / tokens
+            tokens = report_lengths.sum()
+            torch.distributed.all_reduce(total := tokens.clone())
+            terms["report"] = terms["report"] * tokens * ranks()[1] / total
         loss = self.config.loss
         with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
             if self.vse_head is not None:
@@ -315,14 +316,14 @@ class CheXbert(nn.Module):
         return [classes[i] for i in range(len(texts))]
 
 
-def load_chexbert(path: str | Path, config: BertConfig = BertConfig()) -> CheXbert:
+def load_chexbert(path: str | Path, config: BertConfig | None = None) -> CheXbert:
     """The published chexbert.pth, loaded strictly. Its vocabulary is bert-base-uncased's: from a vocab.txt beside it if
     there is one, else from the hub. Raises FileNotFoundError or ValueError for another file."""
     state = read_checkpoint(path, "CheXbert", ["model_state_dict"])["model_state_dict"]
     beside = Path(path).parent / "vocab.txt"
     tokenizer = BertTokenizer(vocab=str(beside)) if beside.is_file() else \
         _pretrained(BertTokenizer, "bert-base-uncased", f"--chexbert: without a {beside}")
-    model = CheXbert(BertModel(config), tokenizer)
+    model = CheXbert(BertModel(config or BertConfig()), tokenizer)
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state.pop("bert.embeddings.position_ids", None)  # a constant that older versions of transformers stored
     try:

@@ -71,17 +71,14 @@ def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> dict[str
     rank, world = ranks()
     if rank:
         torch.distributed.barrier()  # the first rank computes them
-    if path.is_file():
-        kept = torch.load(path, weights_only=True)
-        embeddings = dict(zip(key["texts"], kept["embeddings"])) if kept["key"] == key else None
-    else:
-        embeddings = None
-    if embeddings is None:
+    kept = read_checkpoint(path, "the teacher", ("key", "embeddings")) if path.is_file() else {}
+    if kept.get("key") != key:
         embeddings = embed_reports(model, reports)
-        write_atomically(path, {"key": key, "embeddings": torch.stack([embeddings[text] for text in key["texts"]])})
+        kept = {"key": key, "embeddings": torch.stack([embeddings[text] for text in key["texts"]])}
+        write_atomically(path, kept)
     if world > 1 and not rank:
         torch.distributed.barrier()
-    return embeddings
+    return dict(zip(key["texts"], kept["embeddings"]))
 
 
 def open_run(config: Config, resume: bool) -> tuple[Path, dict | None]:
@@ -94,7 +91,7 @@ def open_run(config: Config, resume: bool) -> tuple[Path, dict | None]:
     if resume and not last.exists():
         print(f"--resume: there is no {last}; starting at step 0")
     elif resume:
-        checkpoint = read_checkpoint(last)
+        checkpoint = read_checkpoint(last, keys=("model", "config", "optimizer", "step", "best", "random", "validated"))
         before, now = _flat(checkpoint["config"]), _flat(config.to_dict())
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE_TO_CHANGE)
         if changed:
