@@ -19,6 +19,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -240,6 +241,16 @@ def score_clinical(predictions: list[list[int]], references: list[list[int]]) ->
     return found
 
 
+def read_findings(config: Config, names) -> dict | None:
+    """findings.json of the data, if there is one: what each study holds, and the phrases that name it."""
+    path = Path(config.data.root) / "findings.json"
+    spec = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    unknown = [name for name in names if spec and name not in spec["studies"]]
+    if unknown:
+        raise ValueError(f"{path}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; it must hold all of them")
+    return spec
+
+
 def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
     """{finding: (side, extent)} of a text, by the phrases of findings.json; a negated sentence names none."""
     named = {}
@@ -309,11 +320,7 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
     references = {row["id"]: row["reference"] for row in rows}
     constant = dict.fromkeys(predictions, best_constant(train_reports)) if train_reports else None
     cut = {row["id"]: row["reference_cut"] for row in rows if row.get("reference_cut") is not None}
-    findings = Path(config.data.root) / "findings.json"
-    spec = json.loads(findings.read_text(encoding="utf-8")) if findings.is_file() else None
-    unknown = [name for name in predictions if spec and name not in spec["studies"]]
-    if unknown:
-        raise ValueError(f"{findings}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; it must hold all of them, or be away")
+    spec = read_findings(config, predictions)
 
     scored = []  # every table of scores, and the pairs that it is of
 
@@ -444,7 +451,7 @@ def write_page(path: Path, rows: list[dict], metrics: dict, config: Config, spli
     middle = order[k:len(order) - k]
     groups = {"best": order[:k], "worst": order[len(order) - k:][::-1],
               "random": random.Random(0).sample(middle, min(len(middle), PAGE_CASES - 2 * k))}
-    spec = json.loads((root / "findings.json").read_text(encoding="utf-8")) if "findings" in metrics else None
+    spec = read_findings(config, [row["id"] for row in rows])
 
     def tags(row: dict) -> dict[str, list] | None:
         if spec:
@@ -507,6 +514,24 @@ def write_results(folder: Path, name: str, rows: list[dict], config: Config, spl
     return metrics
 
 
+def _read_own(path: Path) -> list[dict]:
+    """The rows of a `<split>_predictions.jsonl`."""
+    with suppress(ValueError, AttributeError):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if rows and all({"id", "prediction", "reference"} <= row.keys() for row in rows):
+            return rows
+    raise ValueError(f"{path}: expected one JSON object a line, with id, prediction and reference")
+
+
+def _read_theirs(path: Path) -> dict[str, str]:
+    """{id: report} of a JSON {id: report} or {id: [report]}."""
+    with suppress(ValueError, AttributeError):
+        reports = {name: [text] if isinstance(text, str) else text for name, text in json.loads(path.read_text(encoding="utf-8")).items()}
+        if reports and all(isinstance(texts, list) and len(texts) == 1 and isinstance(texts[0], str) for texts in reports.values()):
+            return {name: texts[0] for name, texts in reports.items()}
+    raise ValueError(f"{path}: expected one JSON object, {{id: report}} or {{id: [report]}}")
+
+
 def score_again(path: Path, config_path: Path | None, overrides: list[str] = (), split: str | None = None,
                 chexbert: Path | None = None) -> None:
     """Score a file of predictions without a model.
@@ -519,26 +544,19 @@ def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
         raise FileNotFoundError(f"--predictions {path}: no such file" if not path.is_file() else f"--predictions {path}: "
                                 f"there is no {config_path}; name the config of its data with --config")
     config = load_config(config_path, overrides)
-    annotation = (Path(config.data.root) / "annotation.json").is_file()
-    splits = read_studies(config.data) if annotation or path.suffix == ".json" else {"train": []}
     name, ours = path.stem.removesuffix("_predictions"), path.suffix != ".json"
-    split = name if ours else split or ("test" if splits["test"] else "val")
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines()] if ours else json.loads(text)
-        known = bool(rows) and (all({"id", "prediction", "reference"} <= row.keys() for row in rows) if ours else
-                                all(isinstance(v, str) or isinstance(v, list) and len(v) == 1 for v in rows.values()))
-    except (ValueError, AttributeError):
-        known = False
-    if not known:
-        raise ValueError(f"{path}: expected one JSON object a line, with id, prediction and reference" if ours else
-                         f"{path}: expected one JSON object, {{id: report}} or {{id: [report]}}")
-    if not ours:
-        reports = {key: v if isinstance(v, str) else v[0] for key, v in rows.items()}
+    annotation = (Path(config.data.root) / "annotation.json").is_file()
+    splits = {"train": []} if ours and not annotation else read_studies(config.data)
+    if ours:
+        split, rows = name, _read_own(path)
+    else:
+        split = split or ("test" if splits["test"] else "val")
+        reports = _read_theirs(path)
         wrong = reports.keys() ^ {study.id for study in splits[split]}
         if wrong:
-            raise ValueError(f"{path}: {len(reports)} reports for the {len(splits[split])} studies of {split} in {config.data.root}; "
-                             f"{len(wrong)} ids are in one of them only, such as {min(wrong)!r}; --split names another split")
+            raise ValueError(f"{path}: {len(reports)} reports for the {len(splits[split])} studies of {split} in "
+                             f"{config.data.root}; {len(wrong)} ids are in one of them only, such as {min(wrong)!r}; "
+                             f"--split names another split")
         rows = _rows(splits[split], reports)
     write_results(path.parent, name, rows, config, split, splits["train"], chexbert)
 

@@ -290,7 +290,7 @@ def test_predictions_of_peers_score_to_the_same_numbers(make_config, data_root, 
         assert all(theirs[key] == ours[key] for key in ("n", "distinct", "BLEU_4", "CIDEr", "ROUGE_L")) and "cut_references" not in theirs
         assert theirs["constant"]["BLEU_4"] == ours["constant"]["BLEU_4"] and any("tokenizer" in note for note in theirs["notes"])
         assert (tmp_path / "theirs_report.html").is_file()
-    for text, message in (('{"a": 1}', "expected one JSON object"), ("[]", "expected one JSON object"), ("{", "expected one JSON object"),
+    for text, message in (('{"a": 1}', "expected one JSON object"), ('{"a": [1]}', "expected one JSON object"), ("[]", "expected one JSON object"), ("{", "expected one JSON object"),
                           ('{"nobody": "clear ."}', "1 reports for the 5 studies of test.*6 ids")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
