@@ -133,6 +133,14 @@ def test_resume_without_a_checkpoint_says_so(make_config, capsys):
     assert "starting at step 0" in capsys.readouterr().out
 
 
+def test_resume_from_what_is_no_last_checkpoint_is_one_line(make_config, tmp_path):
+    config = make_config("train.max_steps=1")
+    train(config)
+    shutil.copy(tmp_path / "run/best.pt", tmp_path / "run/last.pt")
+    with pytest.raises(ValueError, match="last.pt: not a checkpoint of VDGen: it has no .*`optimizer`"):
+        train(config, resume=True)
+
+
 def test_teacher_embeddings_are_computed_once(make_config, tmp_path, monkeypatch):
     """A5: kept beside the run, keyed by text and teacher."""
     calls, compute = [], training.embed_reports
