@@ -231,14 +231,14 @@ def collate(items: list[dict]) -> dict:
     """One batch; its studies may differ in their number of views (A8).
 
     Returns: ids, reports (B strings each), images (sum of views, 3, H, W) uint8, view_counts (B ints), report_ids (B, L) padded on the
-    right to the longest report, report_lengths (B,).
+    right to the longest report, report_lengths (B ints).
     """
     reports = [torch.tensor(item["report_ids"]) for item in items]
     return {"ids": [item["id"] for item in items], "reports": [item["report"] for item in items],
             "images": torch.cat([item["images"] for item in items]),
             "view_counts": [len(item["images"]) for item in items],
             "report_ids": torch.nn.utils.rnn.pad_sequence(reports, batch_first=True),
-            "report_lengths": torch.tensor([len(report) for report in reports])}
+            "report_lengths": [len(report) for report in reports]}
 
 
 def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

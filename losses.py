@@ -83,8 +83,9 @@ def report_loss(logits: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(f"report_loss: targets are {targets.dtype}; expected token ids")
     kept = targets != IGNORED
     bad = kept & ((targets < 0) | (targets >= logits.shape[-1]))
-    if not kept.any() or bad.any():
-        raise ValueError("report_loss: no target is left: every one is -100" if not kept.any() else
+    any_kept, any_bad = torch.stack([kept.any(), bad.any()]).tolist()  # waits for the device once
+    if any_bad or not any_kept:
+        raise ValueError("report_loss: no target is left: every one is -100" if not any_kept else
                          f"report_loss: target {targets[bad][0].item()} is no id of {logits.shape[-1]} tokens")
     with torch.autocast(logits.device.type, enabled=False):
         return F.cross_entropy(_at_least_float32(logits.flatten(0, -2)), targets.flatten(), ignore_index=IGNORED)

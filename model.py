@@ -26,6 +26,7 @@ from losses import did_loss, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher alike
+LIKE_LENGTH = 4           # studies that pass the LLM together in training; their reports are of like length
 TEACHER_BATCH = 16        # fixed: the padding of a batch changes results of bfloat16 in the last digit (A5)
 
 
@@ -126,14 +127,14 @@ class VDGen(nn.Module):
         before, after = (embed(ids).expand(B, -1, -1) for ids in (self.before_ids, self.after_ids))
         return torch.cat([before, self.visual_projection(visual_tokens).to(before.dtype), after], dim=1)
 
-    def forward(self, images: Tensor, view_counts: list[int], report_ids: Tensor, report_lengths: Tensor,
+    def forward(self, images: Tensor, view_counts: list[int], report_ids: Tensor, report_lengths: list[int],
                 teacher_embed: Tensor | None) -> dict[str, Tensor]:
         """The unweighted terms of Eq. 8 for one batch of B studies.
 
         Args:
             images, view_counts: see `encode`.
             report_ids: (B, L) token ids, end token included (A20), padded on the right with any id.
-            report_lengths: (B,) how many of them count.
+            report_lengths: B numbers >= 1, how many of them count.
             teacher_embed: (B, D_t) y, one for each report (see `embed_reports`); None if `loss.did_weight` is 0.
         Returns:
             {"report": ..., "vse": ..., "did": ...}, scalars in nats; a term of weight 0 is left out. With several ranks
@@ -141,17 +142,21 @@ class VDGen(nn.Module):
         """
         visual_tokens = self.encode(images, view_counts)
         visual_embed = visual_tokens.mean(dim=1)  # h
-        prompt = self.embed_prompt(visual_tokens)
-        # The last token predicts nothing. No attention mask: under a causal mask, padding on the right is never seen.
-        inputs = torch.cat([prompt, self.causal_lm.get_input_embeddings()(report_ids[:, :-1])], dim=1)
-        hidden = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, prompt.shape[1] - 1:]
-        kept = torch.arange(report_ids.shape[1], device=self.device) < report_lengths[:, None]
-        logits = self.causal_lm.get_output_embeddings()(hidden[kept])  # at report positions only
-        terms = {"report": report_loss(logits, report_ids[kept])}
+        prompt, embed = self.embed_prompt(visual_tokens), self.causal_lm.get_input_embeddings()
+        hidden, targets = [], []
+        for rows in torch.tensor(report_lengths).argsort(stable=True).split(LIKE_LENGTH):  # each group is padded to its own longest
+            lengths = [report_lengths[row] for row in rows]
+            ids = report_ids[rows, :max(lengths)]
+            # The last token predicts nothing. No attention mask: under a causal mask, padding on the right is never seen.
+            inputs = torch.cat([prompt[rows], embed(ids[:, :-1])], dim=1)
+            states = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, prompt.shape[1] - 1:]
+            hidden += [state[:n] for state, n in zip(states, lengths)]
+            targets += [row[:n] for row, n in zip(ids, lengths)]
+        logits = self.causal_lm.get_output_embeddings()(torch.cat(hidden))  # at report positions only
+        terms = {"report": report_loss(logits, torch.cat(targets))}
         if ranks()[1] > 1:  # from the mean over this rank's tokens to its share of the mean over all tokens
-            tokens = report_lengths.sum()
-            torch.distributed.all_reduce(total := tokens.clone())
-            terms["report"] = terms["report"] * tokens * ranks()[1] / total
+            torch.distributed.all_reduce(total := torch.tensor(sum(report_lengths), device=self.device))
+            terms["report"] = terms["report"] * sum(report_lengths) * ranks()[1] / total
         loss = self.config.loss
         with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
             if self.vse_head is not None:
@@ -199,9 +204,11 @@ def load_model(config: Config) -> VDGen:
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     names = config.model
-    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32)
+    # On a CPU, torch's fused attention computes its bfloat16 gradients slowly: 3 times for Llama, 2 times for Swin.
+    attention = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **attention)
     processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
-    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype)
+    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype, **attention)
     tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; both are needed (A9)")

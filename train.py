@@ -234,10 +234,9 @@ def train(config: Config, resume: bool = False) -> dict | None:
         for batch in loader:
             images = batch["images"].to(device, non_blocking=True)
             report_ids = batch["report_ids"].to(device, non_blocking=True)
-            report_lengths = batch["report_lengths"].to(device, non_blocking=True)
             y = torch.stack([teacher[text] for text in batch["reports"]]).to(device) if teacher else None
             with model.autocast():
-                terms = parallel(images, batch["view_counts"], report_ids, report_lengths, y)
+                terms = parallel(images, batch["view_counts"], report_ids, batch["report_lengths"], y)
             # Eq. 8. With A1's reading of Eq. 3 the VSE term is negative, and so may the total be (A2).
             loss = (terms["report"] + weights.vse_weight * terms.get("vse", 0) + weights.did_weight * terms.get("did", 0))
             shown = torch.stack([*terms.values(), loss, loss.new_tensor(len(stop))]).detach() / world
@@ -261,7 +260,7 @@ def train(config: Config, resume: bool = False) -> dict | None:
             line = {"step": step, "epoch": epoch + 1, **values, "lr": lr, "gradient_norm": gradient_norm.item()}
             seconds, started = time.perf_counter() - started, time.perf_counter()
             line |= {"seconds": seconds, "studies_per_second": settings.batch_size / seconds,
-                     "report_tokens_per_second": world * int(batch["report_lengths"].sum()) / seconds,
+                     "report_tokens_per_second": world * sum(batch["report_lengths"]) / seconds,
                      "peak_memory_gb": peak_memory_gb(device)}
             log_file.write(json.dumps(line) + "\n")
             bar.update()

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +32,21 @@ from losses import did_loss, vse_loss  # noqa: E402
 from model import VDGen, embed_reports, load_model  # noqa: E402
 
 
+def textbook_encode(model: VDGen, images: torch.Tensor, view_counts: list[int]) -> torch.Tensor:
+    """The views one by one: first those of all studies, then the second ones."""
+    if len(set(view_counts)) > 1:
+        raise ValueError("the textbook step wants the same number of views in every study")
+    pixels = ((images.float() / 255 - model.image_mean.view(3, 1, 1)) / model.image_std.view(3, 1, 1)).unflatten(0, (-1, view_counts[0]))
+    return torch.stack([model.norm(model.vision(views).last_hidden_state.float()) for views in pixels.unbind(dim=1)]).mean(dim=0)
+
+
 def textbook_terms(model: VDGen, images: torch.Tensor, view_counts: list[int], reports: list[str], limit: int) -> dict:
     """The terms of Eq. 8 as the peers compute them: nothing is kept from one step to the next.
 
     Args: images (sum of view_counts, 3, H, W) uint8, every study with the same number of views; reports, B texts.
     """
-    tokenizer, llm, config, B, V = model.tokenizer, model.causal_lm, model.config, len(reports), view_counts[0]
-    if set(view_counts) != {V}:
-        raise ValueError("the textbook step wants the same number of views in every study")
-    embed = llm.get_input_embeddings()
-    pixels = ((images.float() / 255 - model.image_mean.view(3, 1, 1)) / model.image_std.view(3, 1, 1)).unflatten(0, (B, V))
-    visual_tokens = torch.stack([model.norm(model.vision(pixels[:, v]).last_hidden_state.float()) for v in range(V)]).mean(dim=0)
+    tokenizer, llm, config, B = model.tokenizer, model.causal_lm, model.config, len(reports)
+    embed, visual_tokens = llm.get_input_embeddings(), textbook_encode(model, images, view_counts)
     before, after = (embed(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).expand(B, -1, -1) for text in PROMPT)
     bos = embed(torch.full((B, 1), model.bos_id))
     rows = [ids + [model.eos_id] if len(ids) <= limit else ids[:limit] for ids in tokenizer(reports, add_special_tokens=False).input_ids]
@@ -87,8 +92,12 @@ class Work:
         self.plain_optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         self.teacher = embed_reports(self.model, self.batch["reports"])
 
+        self.attention = self.model.causal_lm.config._attn_implementation
+
     def terms(self, textbook: bool) -> dict:
         batch = self.batch
+        for part in (self.model.vision, self.model.causal_lm):
+            part.set_attn_implementation("sdpa" if textbook else self.attention)  # sdpa: the library's own choice
         with self.model.autocast():
             if textbook:
                 return textbook_terms(self.model, batch["images"], batch["view_counts"], batch["reports"], self.limit)
@@ -107,6 +116,13 @@ class Work:
         optimizer.step()
         times.append(time.perf_counter())
         return dict(zip(("forward", "backward", "optimizer"), (b - a for a, b in zip(times, times[1:]))))
+
+
+    def llm_part(self, textbook: bool) -> None:
+        """Forward and backward of a step behind the encoder, whose output is kept."""
+        visual_tokens = torch.randn(len(self.batch["reports"]), 49, self.model.norm.weight.shape[0], requires_grad=True)
+        with patch.object(self.model, "encode", lambda *_: visual_tokens), patch("__main__.textbook_encode", lambda *_: visual_tokens):
+            sum(self.terms(textbook).values()).backward()
 
 
 def alternating(calls: dict, rounds: int) -> dict[str, float]:
@@ -144,12 +160,14 @@ def benchmark_training(options) -> None:
         with model.autocast():
             model.encode(batch["images"], batch["view_counts"])
     seconds["vision forward, ours"] = alternating({"vision": vision}, options.rounds)["vision"]
+    llm = alternating({name: lambda name=name: work.llm_part(name == "textbook") for name in parts}, options.rounds)
     rate = matrix_rate(options.rounds)
     for name, values in parts.items():
         split = ", ".join(f"{part} {median(v[part] for v in values[1:]):.2f} s" for part in values[0])
         print(f"{name}: {seconds[name]:.2f} s a step, {options.batch / seconds[name]:.2f} studies/s, {flops[name] / 1e9 / options.batch:.0f} GFLOP a study, "
               f"{flops[name] / seconds[name] / rate:.0%} of the matrix rate of {rate / 1e9:.0f} GFLOP/s; {split}")
     print(f"vision forward, ours: {seconds['vision forward, ours']:.2f} s")
+    print(f"LLM part alone, forward and backward: textbook {llm['textbook']:.2f} s, ours {llm['ours']:.2f} s, {llm['textbook'] / llm['ours']:.2f} times")
     print(f"training: {seconds['textbook'] / seconds['ours']:.2f} times the textbook step")
 
 

@@ -13,7 +13,7 @@ def make_batch(model, reports=REPORTS[:4], views=(2, 1, 3, 1), seed=0):
     ids = [torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids + [model.eos_id]) for text in reports]
     return dict(images=torch.randint(0, 256, (sum(views), 3, 32, 32), generator=generator, dtype=torch.uint8),
                 view_counts=list(views), report_ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
-                report_lengths=torch.tensor([len(row) for row in ids]),
+                report_lengths=[len(row) for row in ids],
                 teacher_embed=torch.randn(len(views), 32, generator=generator))
 
 
@@ -25,8 +25,9 @@ def shake_lora(model, scale=0.2):
             parameter.data = torch.randn(parameter.shape, generator=generator) * scale
 
 
-def test_report_term_equals_the_textbook_computation(make_model):
+def test_report_term_equals_the_textbook_computation(make_model, monkeypatch):
     """Every position in, the library's own labels and shift, an attention mask: the same loss and the same gradients."""
+    monkeypatch.setattr("model.LIKE_LENGTH", 2)  # two groups
     model = make_model("model.lora.dropout=0").eval()
     shake_lora(model)
     batch = make_batch(model)
@@ -38,7 +39,7 @@ def test_report_term_equals_the_textbook_computation(make_model):
     prompt = model.embed_prompt(model.encode(batch["images"], batch["view_counts"]))
     B, P = prompt.shape[:2]
     inputs = torch.cat([prompt, model.causal_lm.get_input_embeddings()(batch["report_ids"])], dim=1)
-    real = torch.arange(batch["report_ids"].shape[1]) < batch["report_lengths"][:, None]
+    real = torch.arange(batch["report_ids"].shape[1]) < torch.tensor(batch["report_lengths"])[:, None]
     labels = torch.cat([torch.full((B, P), -100), batch["report_ids"].masked_fill(~real, -100)], dim=1)
     mask = torch.cat([torch.ones(B, P, dtype=torch.long), real.long()], dim=1)
     textbook = model.causal_lm(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
@@ -79,16 +80,20 @@ def test_prompt_is_that_of_section_3_4(make_model):
     assert torch.equal(prompt[1, -len(after):], embed(torch.tensor(after)))
 
 
-def test_no_logits_outside_reports_and_no_mask(make_model):
+def test_no_logits_outside_reports_no_mask_and_little_padding(make_model, monkeypatch):
+    """Two groups of like length: each passes the LLM at the length of its own longest report, without its last token."""
+    monkeypatch.setattr("model.LIKE_LENGTH", 2)
     model = make_model()
-    seen = {}
-    model.causal_lm.lm_head.register_forward_hook(lambda m, args, result: seen.update(rows=args[0].shape))
-    model.causal_lm.model.register_forward_pre_hook(lambda m, args, kw: seen.update(kw), with_kwargs=True)
+    rows, calls = [], []
+    model.causal_lm.lm_head.register_forward_hook(lambda m, args, result: rows.append(args[0].shape))
+    model.causal_lm.model.register_forward_pre_hook(lambda m, args, kw: calls.append(kw), with_kwargs=True)
     batch = make_batch(model)
     model(**batch)
-    assert seen["rows"] == (batch["report_lengths"].sum(), 32)
-    assert seen.get("attention_mask") is None
-    assert seen["inputs_embeds"].shape[1] == model.embed_prompt(torch.zeros(1, 16, 32)).shape[1] + batch["report_ids"].shape[1] - 1
+    assert rows == [(sum(batch["report_lengths"]), 32)]
+    assert all(call.get("attention_mask") is None for call in calls)
+    prompt, ordered = model.embed_prompt(torch.zeros(1, 16, 32)).shape[1], sorted(batch["report_lengths"])
+    assert ordered[1] < ordered[3]  # else the test would say nothing
+    assert [tuple(call["inputs_embeds"].shape[:2]) for call in calls] == [(2, prompt + n - 1) for n in (ordered[1], ordered[3])]
 
 
 def test_views_are_averaged_token_by_token(make_model):
