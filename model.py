@@ -18,10 +18,11 @@ import torch.distributed.nn.functional
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig,
-                          BertModel, BertTokenizer, GenerationConfig)
+from transformers import (AttentionInterface, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM,
+                          AutoTokenizer, BertConfig, BertModel, BertTokenizer, DynamicCache)
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from configs import PROMPT, Config
+from configs import PROMPT, Config, Generate
 from losses import did_loss, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,11 +90,6 @@ class VDGen(nn.Module):
         for name, values in dict(before_ids=[self.bos_id] + before, after_ids=after,
                                  image_mean=image_mean, image_std=image_std).items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
-        self.causal_lm.generation_config = GenerationConfig(  # A14; replaces the sampling that chat models ship
-            num_beams=config.generate.num_beams, repetition_penalty=config.generate.repetition_penalty,
-            length_penalty=config.generate.length_penalty, min_new_tokens=config.generate.min_new_tokens,
-            max_new_tokens=config.generate.max_new_tokens, do_sample=False,
-            bos_token_id=self.bos_id, eos_token_id=self.eos_id, pad_token_id=self.eos_id)
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -172,8 +168,7 @@ class VDGen(nn.Module):
         """Eq. 7: write a report for each study, decoded as `generate` in the config says (A14). Arguments: `encode`."""
         with self.autocast():
             prompt = self.embed_prompt(self.encode(images, view_counts))
-            attention_mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=self.device)
-            written = self.causal_lm.generate(inputs_embeds=prompt, attention_mask=attention_mask)
+            written = beam_search(self.causal_lm, prompt, self.config.generate, self.eos_id)
         return [self.decode(ids) for ids in written.tolist()]
 
     def decode(self, ids: list[int]) -> str:
@@ -204,11 +199,11 @@ def load_model(config: Config) -> VDGen:
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     names = config.model
-    # On a CPU, torch's fused attention computes its bfloat16 gradients slowly: 3 times for Llama, 2 times for Swin.
-    attention = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
-    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **attention)
+    # On a CPU, torch's fused attention takes 2 to 3 times as long for bfloat16 and its gradients as plain products do.
+    plain = [{}, {}] if torch.cuda.is_available() else [{"attn_implementation": name} for name in ("eager", "grouped")]
+    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **plain[0])
     processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
-    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype, **attention)
+    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype, **plain[1])
     tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; both are needed (A9)")
@@ -216,6 +211,97 @@ def load_model(config: Config) -> VDGen:
     if names.teacher is not None and config.loss.did_weight:
         width = _pretrained(AutoConfig, names.teacher, "model.teacher").hidden_size
     return VDGen(config, vision, llm, tokenizer, width, processor.image_mean, processor.image_std)
+
+
+def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                      scaling: float, dropout: float = 0.0, **_) -> tuple[Tensor, None]:
+    """Softmax attention as the library's `eager`, but key-value heads that serve several query heads are not copied to each.
+
+    Args: query (B, H, N, d); key, value (B, H / G, T, d); attention_mask, added, (B or 1, 1, N, T). Returns: (B, N, H, d).
+    """
+    B, H, N, d = query.shape
+    Hkv, T = key.shape[1:3]
+    weights = (query.reshape(B, Hkv, -1, d) @ key.transpose(2, 3) * scaling).view(B, Hkv, H // Hkv, N, T)
+    if attention_mask is not None:
+        weights = weights + attention_mask[:, :, None]
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights.view(B, Hkv, -1, T) @ value).view(B, H, N, d).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", eager_mask)
+
+
+@torch.no_grad()
+def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int) -> Tensor:
+    """The beam search of transformers' `generate` (greedy with one beam), token for token, without its repeated work.
+
+    The prompt passes the LLM once a study, not once a beam. The beams of a study then stand side by side in one row of the
+    cache, as a tree: each step appends their `num_beams` new tokens, and a mask shows each beam its own ancestors, so that
+    no key is ever copied from beam to beam. A study whose result is settled leaves the batch.
+
+    Args:
+        prompt: (B, P, D_h), without padding.
+    Returns:
+        (B, max_new_tokens) ids, `eos_id` behind the end.
+    """
+    (B, P, _), N, length = prompt.shape, settings.num_beams, settings.max_new_tokens
+    device, cache = prompt.device, DynamicCache(config=llm.config)
+    hidden = llm.model(inputs_embeds=prompt, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+    written = torch.full((B, length), eos_id, device=device)
+    studies = torch.arange(B, device=device)                      # whose rows the following are
+    tokens = torch.empty(B, N, 0, dtype=torch.long, device=device)  # of the running beams
+    running = torch.zeros(B, 1, device=device)                    # their log-probabilities; at first there is one beam
+    ancestors = torch.empty(B, N, 0, dtype=torch.bool, device=device)  # which of the t N generated tokens each beam sees
+    ended_scores = torch.full((B, N), -torch.inf, device=device)  # the best N that came to an end, best first
+    ended_tokens = written[:, None].repeat(1, N, 1)
+    for t in range(length):
+        logits = llm.get_output_embeddings()(hidden).float()
+        norm = logits.logsumexp(dim=2, keepdim=True) if N > 1 else 0  # greedy is penalised on logits, beams on log-probabilities
+        if t and settings.repetition_penalty != 1:
+            seen = logits.gather(2, tokens) - norm
+            seen *= torch.where(seen < 0, settings.repetition_penalty, 1 / settings.repetition_penalty)
+            logits.scatter_(2, tokens, seen + norm)
+        if t < settings.min_new_tokens:
+            logits[..., eos_id] = -torch.inf
+        best, new = logits.topk(2 * N)  # of each beam; at most N of the 2 N of a study end
+        candidates, order = (best - norm + running[..., None]).flatten(1).topk(2 * N)
+        parents, new = order // (2 * N), new.flatten(1).gather(1, order)
+        grown = torch.cat([_of_beams(tokens, parents), new[..., None]], dim=2)
+        ends = (new == eos_id) | (t + 1 == length)
+        # Only the best N candidates may end; a beam is ranked by its mean log-probability, to the power of the length.
+        scores = (candidates / (t + 1) ** settings.length_penalty).masked_fill(~ends, -torch.inf)[:, :N]
+        ended_scores, order = torch.cat([ended_scores, scores], dim=1).topk(N)
+        padded = nn.functional.pad(grown[:, :N], (0, length - t - 1), value=eos_id)
+        ended_tokens = _of_beams(torch.cat([ended_tokens, padded], dim=1), order)
+        written[studies] = ended_tokens[:, 0]
+        if t + 1 == length:
+            break
+        running, order = candidates.masked_fill(ends, -torch.inf).topk(N)
+        parents, tokens = parents.gather(1, order), _of_beams(grown, order)
+        itself = torch.eye(N, dtype=torch.bool, device=device).expand(len(parents), -1, -1)
+        ancestors = torch.cat([_of_beams(ancestors, parents), itself], dim=2)
+        # Settled: with N ended, the best running one would not enter them if it ended now (the library's rule).
+        open_ = running[:, 0] / (t + 1) ** settings.length_penalty > ended_scores[:, -1]
+        if N == 1:
+            open_, running = ~ends[:, 0], torch.zeros_like(running)
+        if not open_.all():
+            if not open_.any():
+                break
+            studies, tokens, running, ancestors, ended_scores, ended_tokens = (
+                rows[open_] for rows in (studies, tokens, running, ancestors, ended_scores, ended_tokens))
+            cache.batch_select_indices(open_)
+        mask = torch.cat([ancestors.new_ones(len(tokens), N, P), ancestors], dim=2)[:, None]
+        mask = torch.zeros(mask.shape, dtype=llm.dtype, device=device).masked_fill(~mask, -torch.inf)
+        hidden = llm.model(inputs_embeds=llm.get_input_embeddings()(tokens[..., -1]), attention_mask=mask, past_key_values=cache,
+                           use_cache=True, position_ids=torch.full((1, N), P + t, device=device)).last_hidden_state
+    return written
+
+
+def _of_beams(rows: Tensor, beams: Tensor) -> Tensor:
+    """(B, N, T) rows of the beams (B, M): (B, M, T)."""
+    return rows.gather(1, beams[..., None].expand(-1, -1, rows.shape[2]))
 
 
 @torch.no_grad()

@@ -250,11 +250,11 @@ def train(config: Config, resume: bool = False) -> dict | None:
                     save("last.pt")
                 raise ValueError(f"step {step + 1}: the {name} loss is {values[name]}; try a lower train.lr"
                                  + (f"; {folder / 'last.pt'} holds the step before" if step else ""))
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             lr = optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, settings)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # here, so that no gradient stands beside the next forward's activations
             step += 1
 
             line = {"step": step, "epoch": epoch + 1, **values, "lr": lr, "gradient_norm": gradient_norm.item()}

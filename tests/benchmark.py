@@ -109,11 +109,14 @@ class Work:
         optimizer, times = self.plain_optimizer if textbook else self.optimizer, [time.perf_counter()]
         loss = sum(self.terms(textbook).values())
         times.append(time.perf_counter())
-        optimizer.zero_grad(set_to_none=True)
+        if textbook:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         times.append(time.perf_counter())
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         optimizer.step()
+        if not textbook:
+            optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter())
         return dict(zip(("forward", "backward", "optimizer"), (b - a for a, b in zip(times, times[1:]))))
 

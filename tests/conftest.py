@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SwinConfig, SwinModel
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SwinConfig, SwinModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -99,6 +99,17 @@ def make_model(make_config):
         torch.manual_seed(0)
         return load_model(make_config(*overrides))
     return make
+
+
+def library_search(model, prompt: torch.Tensor, settings) -> torch.Tensor:
+    """The ids that transformers' `generate` writes behind a prompt, padded as `beam_search` pads them."""
+    options = GenerationConfig(
+        num_beams=settings.num_beams, repetition_penalty=settings.repetition_penalty, length_penalty=settings.length_penalty,
+        min_new_tokens=settings.min_new_tokens, max_new_tokens=settings.max_new_tokens, do_sample=False,
+        bos_token_id=model.bos_id, eos_token_id=model.eos_id, pad_token_id=model.eos_id)
+    ids = model.causal_lm.generate(inputs_embeds=prompt, attention_mask=torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device),
+                                   generation_config=options)
+    return torch.nn.functional.pad(ids, (0, settings.max_new_tokens - ids.shape[1]), value=model.eos_id)
 
 
 @pytest.fixture(autouse=True)

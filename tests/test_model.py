@@ -3,9 +3,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel
 
-from configs import PROMPT, load_config
-from conftest import REPORTS, make_tokenizer
-from model import VDGen, embed_reports, read_checkpoint
+from configs import PROMPT, Generate, load_config
+from conftest import REPORTS, library_search, make_tokenizer
+from model import VDGen, beam_search, embed_reports, grouped_attention, read_checkpoint
 
 
 def make_batch(model, reports=REPORTS[:4], views=(2, 1, 3, 1), seed=0):
@@ -221,6 +221,43 @@ def test_generation_alone_equals_generation_in_a_batch(make_model, beams):
         assert model.generate(batch["images"][start:start + count], [count]) == [text]
         start += count
     assert len(set(together)) > 1  # else the test would say nothing
+
+
+SEARCHES = [dict(), dict(num_beams=1), dict(num_beams=1, repetition_penalty=1.0), dict(num_beams=4, length_penalty=0.0, min_new_tokens=1),
+            dict(num_beams=2, length_penalty=-1.0, repetition_penalty=1.3), dict(num_beams=5, repetition_penalty=1.0, min_new_tokens=3)]
+
+
+@pytest.mark.parametrize("changes", SEARCHES, ids=str)
+def test_beam_search_equals_the_librarys(make_model, changes):
+    """Token for token; with beams that cross, studies that end at different steps, and one that never ends."""
+    settings = Generate(**dict(num_beams=3, repetition_penalty=2.0, length_penalty=2.0, min_new_tokens=4, max_new_tokens=20) | changes)
+    model = make_model().eval()
+    shake_lora(model, 1.0)
+    model.causal_lm.lm_head.weight.data[model.eos_id] *= 2  # ends come within the limit
+    prompt = torch.randn(24, 9, 32, generator=torch.Generator().manual_seed(1))
+    calls = []
+    hook = model.causal_lm.model.register_forward_hook(lambda module, args, result: calls.append(len(result.last_hidden_state)))
+    ours = beam_search(model.causal_lm, prompt, settings, model.eos_id)
+    hook.remove()
+    theirs = library_search(model, prompt, settings)
+    assert torch.equal(ours, theirs)
+    lengths = (ours != model.eos_id).sum(dim=1)
+    assert len(lengths.unique()) > 2 and len(ours.unique(dim=0)) > 12, lengths  # else the test would say little
+    assert calls[0] == 24 and calls[-1] < 24 and calls == sorted(calls, reverse=True)  # settled studies leave
+
+
+def test_grouped_attention_equals_the_librarys(make_model):
+    """Two query heads to a key-value head; a mask of each study's own; and the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, n, 8, generator=generator, requires_grad=True) for heads, n in ((4, 5), (2, 7), (2, 7)))
+    mask = torch.zeros(3, 1, 5, 7).masked_fill(torch.rand(3, 1, 5, 7, generator=generator) < 0.3, -torch.inf)
+    mask[..., 0] = 0
+    ours, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn(ours.shape, generator=generator)
+    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (query, key, value)) for out in (ours, theirs))):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_greedy_generation_follows_the_training_forward(make_model):
