@@ -286,8 +286,8 @@ def score_findings(predictions: dict[str, str], spec: dict) -> dict:
 
 # An evaluation --------------------------------------------------------------------------------------------------------
 
-def write_reports(model: VDGen, studies: list[Study]) -> dict[str, str]:
-    """Eq. 7 for every study: {id: report}, with a progress bar."""
+def write_reports(model: VDGen, studies: list[Study]) -> tuple[dict[str, str], dict[str, list[float]]]:
+    """Eq. 7 for every study, with a progress bar: {id: report}, and {id: h}."""
     data, train = model.config.data, model.config.train
     dataset = ReportDataset(studies, data, model.image_size, model.tokenizer)
     rank, world = ranks()
@@ -295,15 +295,32 @@ def write_reports(model: VDGen, studies: list[Study]) -> dict[str, str]:
     loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
                         num_workers=data.num_workers, collate_fn=collate,
                         generator=torch.Generator())  # its own: a validation must not change the state of training
-    was_training, reports = model.training, {}
+    was_training, reports, visual_embeds = model.training, {}, {}
     model.eval()
     for batch in tqdm(loader, desc="generate", unit="batch", leave=False):
-        reports |= zip(batch["ids"], model.generate(batch["images"].to(model.device), batch["view_counts"]))
+        texts, embeds = model.generate(batch["images"].to(model.device), batch["view_counts"])
+        reports |= zip(batch["ids"], texts)
+        visual_embeds |= zip(batch["ids"], embeds.tolist())
     model.train(was_training)
     if world > 1:
-        torch.distributed.all_gather_object(parts := [None] * world, reports)
-        reports = {name: text for part in parts for name, text in part.items()}
-    return reports
+        torch.distributed.all_gather_object(parts := [None] * world, (reports, visual_embeds))
+        reports, visual_embeds = ({name: value for part in half for name, value in part.items()} for half in zip(*parts))
+    return reports, visual_embeds
+
+
+def principal_plane(embeds: np.ndarray) -> np.ndarray:
+    """PCA of visual embeddings scaled to unit length (Eq. 4), as in Fig. 1(c).
+
+    Args: embeds (n, D). Returns: (n, 3): two coordinates, and the squared distance from their plane. The mean of all three
+    squared lengths is the variance: 1 minus the mean cosine of two studies.
+    """
+    rows = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+    rows = rows - rows.mean(axis=0)
+    _, _, axes = np.linalg.svd(rows, full_matrices=False)
+    axes = np.array([axis * np.sign(axis[np.abs(axis).argmax()]) for axis in axes[:2]])  # its sign is free: the same in every run
+    plane = rows @ axes.T
+    plane = np.pad(plane, [(0, 0), (0, 2 - plane.shape[1])])  # a split of one study has one axis
+    return np.column_stack([plane, np.maximum((rows**2).sum(axis=1) - (plane**2).sum(axis=1), 0)])
 
 
 def measure(rows: list[dict], config: Config, split: str, train_reports: list[str],
@@ -429,6 +446,12 @@ def curves(log: Path, points: int = 300) -> tuple[dict | None, dict[str, list]]:
     return header, found
 
 
+def names_abnormality(reference: str) -> bool:
+    """A rough reading where no labels are: a sentence of the report holds no word that denies or says normal."""
+    return any(re.search(r"[a-z]{3}", part) and not re.search(r"\b(no|not|without|normal|clear|unremarkable|intact|negative|free|stable)\b", part)
+               for part in reference.lower().split("."))
+
+
 def thumbnail(path: Path, pixels: int) -> str | None:
     """A view as a small JPEG in base64, its aspect kept; None if it is not there."""
     try:
@@ -469,7 +492,10 @@ def write_page(path: Path, rows: list[dict], metrics: dict, config: Config, spli
                 "rouge_l": rouge_l(rows[i]["prediction"], rows[i]["reference"]), "tags": tags(rows[i]),
                 "views": [thumbnail(root / "images" / view, pixels) for view in rows[i].get("image_path", [])]}
              for group, chosen in groups.items() for i in chosen]
-    data = {"name": path.stem.removesuffix("_report"), "split": split, "names": METRICS, "config": config.to_dict(),
+    points = [{"id": row["id"], "at": row["visual_pca"], "abnormal": names_abnormality(row["reference"]),
+               "findings": [name for name, _ in (tags(row) or {"reference": []})["reference"] if name != "No Finding"]}
+              for row in rows if "visual_pca" in row]
+    data = {"points": points, "name": path.stem.removesuffix("_report"), "split": split, "names": METRICS, "config": config.to_dict(),
             "header": header, "metrics": metrics, "curves": lines, "cases": cases,
             "tagger": "findings.json" if spec else "CheXbert" if label else None}
     template = (Path(configs.__file__).parent / "report.html").read_text(encoding="utf-8")
@@ -478,17 +504,18 @@ def write_page(path: Path, rows: list[dict], metrics: dict, config: Config, spli
 
 
 def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: Path,
-             reports: dict[str, str] | None = None, chexbert: Path | None = None) -> dict:
-    """Generate (unless the model's reports are given) and score one split; write its files into `folder`."""
+             written: tuple[dict, dict] | None = None, chexbert: Path | None = None) -> dict:
+    """Generate (unless what `write_reports` returned is given) and score one split; write its files into `folder`."""
     if not splits[split]:
         raise ValueError(f"--split {split}: the annotation has no such studies; there are "
                          f"{', '.join(name for name, studies in splits.items() if studies)}")
-    reports = reports or write_reports(model, splits[split])
+    reports, visual_embeds = written or write_reports(model, splits[split])
     if ranks()[0]:
         return {}  # the first rank scores and writes
     limit, tokenizer = model.config.data.reference_cut_tokens, model.tokenizer
     rows = _rows(splits[split], reports)
-    for row in rows:
+    for row, point in zip(rows, principal_plane(np.array([visual_embeds[row["id"]] for row in rows]))):
+        row["visual_pca"] = [round(float(value), 5) for value in point]
         ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
         row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
     (folder / f"{split}_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -582,7 +609,7 @@ def main() -> None:
     model.load_trained_state(checkpoint["model"])
     if args.images:
         views = torch.stack([read_image(path, model.image_size) for path in args.images]).to(model.device)
-        return print(*model.generate(views, [len(views)]))
+        return print(*model.generate(views, [len(views)])[0])
     splits = read_studies(config.data)
     evaluate(model, args.split or ("test" if splits["test"] else "val"), splits, args.checkpoint.parent, chexbert=args.chexbert)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partialmethod
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ import torch.distributed
 import torch.distributed.nn.functional
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM,
                           AutoTokenizer, BertConfig, BertModel, BertTokenizer, DynamicCache)
@@ -27,7 +30,7 @@ from losses import did_loss, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher alike
-LIKE_LENGTH = 4           # studies that pass the LLM together in training; their reports are of like length
+LIKE_LENGTH = 8           # studies that pass the LLM together in training; their reports are of like length
 TEACHER_BATCH = 16        # fixed: the padding of a batch changes results of bfloat16 in the last digit (A5)
 
 
@@ -84,6 +87,9 @@ class VDGen(nn.Module):
         self.llm = llm if lora is None else get_peft_model(llm, LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
             task_type="CAUSAL_LM"))
+        if config.train.recompute:
+            for part in (vision, llm):
+                part.gradient_checkpointing_enable({"use_reentrant": False})
         self.image_size = vision.config.image_size
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in PROMPT)
@@ -164,12 +170,15 @@ class VDGen(nn.Module):
         return terms
 
     @torch.no_grad()
-    def generate(self, images: Tensor, view_counts: list[int]) -> list[str]:
-        """Eq. 7: write a report for each study, decoded as `generate` in the config says (A14). Arguments: `encode`."""
+    def generate(self, images: Tensor, view_counts: list[int]) -> tuple[list[str], Tensor]:
+        """Eq. 7: write a report for each study, decoded as `generate` in the config says (A14). Arguments: `encode`.
+
+        Returns: B reports, and h (B, D), the visual embeddings of the studies.
+        """
         with self.autocast():
-            prompt = self.embed_prompt(self.encode(images, view_counts))
-            written = beam_search(self.causal_lm, prompt, self.config.generate, self.eos_id)
-        return [self.decode(ids) for ids in written.tolist()]
+            visual_tokens = self.encode(images, view_counts)
+            written = beam_search(self.causal_lm, self.embed_prompt(visual_tokens), self.config.generate, self.eos_id)
+        return [self.decode(ids) for ids in written.tolist()], visual_tokens.mean(dim=1)
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the end token; padding behind it may be any token (A9)."""
@@ -211,6 +220,32 @@ def load_model(config: Config) -> VDGen:
     if names.teacher is not None and config.loss.did_weight:
         width = _pretrained(AutoConfig, names.teacher, "model.teacher").hidden_size
     return VDGen(config, vision, llm, tokenizer, width, processor.image_mean, processor.image_std)
+
+
+def flop_counts(model: VDGen) -> dict[str, float]:
+    """Floating-point operations of a training step, forward and backward, counted on the meta device.
+
+    Returns: those of one "image" (encoder), of one "token" that passes the LLM in a row of prompt and 50 tokens, and of one
+        "report_token" (output layer); and "prompt", the tokens of one. Left out: padding, `train.recompute`, what has B rows.
+    """
+    def count(module: nn.Module, *inputs: Tensor, **options) -> tuple[int, Tensor]:
+        state = {name: value.detach().to("meta").requires_grad_(value.requires_grad)
+                 for name, value in chain(module.named_parameters(), module.named_buffers())}
+        with FlopCounterMode(display=False) as counter:
+            output = functional_call(module, state, inputs, options)
+            output = output if isinstance(output, Tensor) else output.last_hidden_state
+            output.sum().backward()
+        return counter.get_total_flops(), output
+    was_training, llm = model.training, model.causal_lm
+    model.eval()
+    image, tokens = count(model.vision, torch.empty(1, 3, model.image_size, model.image_size, device="meta"))
+    prompt = len(model.before_ids) + tokens.shape[1] + len(model.after_ids)
+    T, options = prompt + 50, dict(dtype=llm.dtype, device="meta")
+    states, mask = torch.empty(1, T, llm.config.hidden_size, requires_grad=True, **options), torch.empty(1, 1, T, T, **options)
+    token = count(llm.model, inputs_embeds=states, attention_mask=mask, use_cache=False)[0] / T
+    report_token = count(llm.get_output_embeddings(), states)[0] / T
+    model.train(was_training)
+    return {"image": image, "token": token, "report_token": report_token, "prompt": prompt}
 
 
 def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,

@@ -32,10 +32,12 @@ from configs import Config, load_config
 from data import (ReportDataset, build_demo_if_missing, collate, end_in_one_line, epoch_batches, read_studies,
                   require_images)
 from evaluate import evaluate, score, write_reports
-from model import VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint
+from model import VDGen, embed_reports, flop_counts, join_ranks, load_model, ranks, read_checkpoint
 
 FREE_TO_CHANGE = {"data.root", "data.num_workers", "data.cache_images", "train.output", "train.save_every_steps",
-                  "train.eval_batch_size"}
+                  "train.eval_batch_size", "train.recompute"}
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165,
+               "RTX 3090": 71}  # NVIDIA's data sheets: bf16 tensor cores, dense
 
 
 def cosine_lr(step: int, steps: int, train: configs.Train) -> float:
@@ -169,7 +171,7 @@ def train(config: Config, resume: bool = False) -> dict | None:
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     epoch_steps = len(dataset) // settings.batch_size
     steps = min(settings.max_steps or math.inf, settings.epochs * epoch_steps)
-    step, best, best_reports, validated = 0, -math.inf, None, True
+    step, best, best_written, validated = 0, -math.inf, None, True
     if checkpoint:
         model.load_trained_state(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -204,11 +206,11 @@ def train(config: Config, resume: bool = False) -> dict | None:
             write_atomically(folder / name, content)
 
     def validate_and_save() -> None:
-        nonlocal best, best_reports, validated
-        value, reports = validate(model, splits, step, log_file)
+        nonlocal best, best_written, validated
+        value, written = validate(model, splits, step, log_file)
         validated = True
         if value >= best:  # without a val split every value is 0: the last weights are the best known
-            best, best_reports = value, reports
+            best, best_written = value, written
             save("best.pt")
         save("last.pt")
 
@@ -222,6 +224,8 @@ def train(config: Config, resume: bool = False) -> dict | None:
     model.train()
     if not validated:
         validate_and_save()
+    flops = flop_counts(model)
+    peak = next((value for name, value in PEAK_TFLOPS.items() if name in about["device"]), None)
     bar = tqdm(total=steps, initial=step, desc="train", unit="step", mininterval=1)
     share = settings.batch_size // world
     while step < steps:
@@ -259,13 +263,19 @@ def train(config: Config, resume: bool = False) -> dict | None:
 
             line = {"step": step, "epoch": epoch + 1, **values, "lr": lr, "gradient_norm": gradient_norm.item()}
             seconds, started = time.perf_counter() - started, time.perf_counter()
+            tokens = sum(batch["report_lengths"])
+            tflop = world / 1e12 * (flops["image"] * len(images) + flops["token"] * (share * (flops["prompt"] - 1) + tokens)
+                                    + flops["report_token"] * tokens)  # of the other ranks as of this one
             line |= {"seconds": seconds, "studies_per_second": settings.batch_size / seconds,
-                     "report_tokens_per_second": world * sum(batch["report_lengths"]) / seconds,
+                     "report_tokens_per_second": world * tokens / seconds, "tflops_per_second": tflop / seconds,
                      "peak_memory_gb": peak_memory_gb(device)}
+            if peak:
+                line["share_of_peak"] = tflop / seconds / (world * peak)
             log_file.write(json.dumps(line) + "\n")
             bar.update()
             bar.set_postfix({name: f"{line[name]:.3f}" for name in terms}
-                            | {"studies/s": f"{line['studies_per_second']:.1f}"}, refresh=False)
+                            | {"studies/s": f"{line['studies_per_second']:.1f}", "TFLOP/s": f"{line['tflops_per_second']:.2f}"}
+                            | ({"of peak": f"{line['share_of_peak']:.0%}"} if peak else {}), refresh=False)
 
             last_of_epoch = step % epoch_steps == 0 or step == steps
             validated = not last_of_epoch
@@ -289,22 +299,22 @@ def train(config: Config, resume: bool = False) -> dict | None:
     if world > 1:
         torch.distributed.barrier()  # the first rank has written best.pt
     model.load_trained_state(read_checkpoint(folder / "best.pt")["model"])
-    return evaluate(model.eval(), split, splits, folder, best_reports if split == "val" else None)
+    return evaluate(model.eval(), split, splits, folder, best_written if split == "val" else None)
 
 
-def validate(model: VDGen, splits: dict, step: int, log_file) -> tuple[float, dict[str, str] | None]:
-    """Generate and score the val split, log it; returns (BLEU-4 + CIDEr) / 2, by which best.pt is chosen, and the reports."""
+def validate(model: VDGen, splits: dict, step: int, log_file) -> tuple[float, tuple[dict, dict] | None]:
+    """Generate and score the val split, log it; returns (BLEU-4 + CIDEr) / 2, by which best.pt is chosen, and what was written."""
     if not splits["val"]:
         return 0.0, None
     started = time.perf_counter()
-    reports = write_reports(model, splits["val"])
+    reports, _ = written = write_reports(model, splits["val"])
     scores = score(reports, {study.id: study.report for study in splits["val"]}, meteor=False)
     distinct = len(set(reports.values()))
     line = {"step": step, "val": scores | {"distinct": distinct}, "seconds": time.perf_counter() - started}
     log_file.write(json.dumps(line) + "\n")
     print(f"\nstep {step}: val " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
           + f", {distinct} different reports of {len(reports)}, {line['seconds']:.0f} s")
-    return (scores["BLEU_4"] + scores["CIDEr"]) / 2, reports
+    return (scores["BLEU_4"] + scores["CIDEr"]) / 2, written
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

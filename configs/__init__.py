@@ -87,6 +87,7 @@ class Train:
     min_lr: float = at_least(0, 1e-6)       # A13
     weight_decay: float = at_least(0, 0.01)  # A13
     clip_norm: float = above_zero(1.0)      # A13
+    recompute: bool = False                 # activations twice instead of kept: less memory, more time, same results
     save_every_steps: int | None = at_least(1, None)  # null: at the end of each epoch only
 
 

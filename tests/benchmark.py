@@ -1,10 +1,11 @@
 """Ours against the textbook step, side by side in one process, alternating, median of several.
 
-    python tests/benchmark.py --llm DIR --vision DIR --data DIR [--only training|input|scores] [--rounds 5]
+    python tests/benchmark.py --llm DIR --vision DIR --data DIR [--only training|generation|input|scores|paper] [--rounds 5]
 
 The textbook step is what repositories of this family do: every report padded to the limit, logits and loss over all
 positions, an attention mask, the prompt tokenised and embedded in each step, views encoded one by one, the teacher run in
-every step, images through PIL and the Hugging Face processor. Same weights, same batch, same autocast.
+every step, decoding by the library's `generate` with the prompt computed for each beam, images through PIL and the Hugging
+Face processor. Same weights, same batch, same autocast.
 """
 import argparse
 import json
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -29,7 +30,7 @@ from configs import PROMPT, load_config  # noqa: E402
 from data import ReportDataset, collate, read_image, read_studies  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import did_loss, vse_loss  # noqa: E402
-from model import VDGen, embed_reports, load_model  # noqa: E402
+from model import VDGen, embed_reports, flop_counts, load_model  # noqa: E402
 
 
 def textbook_encode(model: VDGen, images: torch.Tensor, view_counts: list[int]) -> torch.Tensor:
@@ -80,7 +81,7 @@ class Work:
 
     def __init__(self, options):
         self.config = load_config(options.config, [f"model.llm={options.llm}", f"model.vision={options.vision}", f"data.root={options.data}",
-                                                   f"train.batch_size={options.batch}"])
+                                                   f"train.batch_size={options.batch}", f"train.recompute={str(options.peak == 'recompute').lower()}"])
         torch.manual_seed(0)
         self.model = load_model(self.config).train()
         self.limit = self.config.data.max_report_tokens
@@ -92,12 +93,15 @@ class Work:
         self.plain_optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         self.teacher = embed_reports(self.model, self.batch["reports"])
 
-        self.attention = self.model.causal_lm.config._attn_implementation
+        self.attention = {part: part.config._attn_implementation for part in (self.model.vision, self.model.causal_lm)}
+
+    def use_attention(self, textbook: bool) -> None:
+        for part, name in self.attention.items():
+            part.set_attn_implementation("sdpa" if textbook else name)  # sdpa: the library's own choice
 
     def terms(self, textbook: bool) -> dict:
         batch = self.batch
-        for part in (self.model.vision, self.model.causal_lm):
-            part.set_attn_implementation("sdpa" if textbook else self.attention)  # sdpa: the library's own choice
+        self.use_attention(textbook)
         with self.model.autocast():
             if textbook:
                 return textbook_terms(self.model, batch["images"], batch["view_counts"], batch["reports"], self.limit)
@@ -146,9 +150,12 @@ def matrix_rate(rounds: int) -> float:
 
 
 def benchmark_training(options) -> None:
-    peaks = {name: json.loads(subprocess.run([sys.executable, *sys.argv, "--peak", name], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-             for name in ("textbook", "ours")}  # first: two of them at once would not fit
-    print(f"peak memory: textbook {peaks['textbook']:.2f} GB, ours {peaks['ours']:.2f} GB, {peaks['ours'] / peaks['textbook']:.2f} times")
+    peaks = {}
+    for name in ("textbook", "ours", "recompute"):  # each in a process of its own; first, for two at once would not fit
+        lines = subprocess.run([sys.executable, *sys.argv, "--peak", name], capture_output=True, text=True, check=True).stdout.splitlines()
+        peaks[name] = json.loads(lines[-1])
+        print(f"peak memory, {name}: {peaks[name]['GB']:.2f} GB, {peaks[name]['GB'] / peaks['textbook']['GB']:.2f} times the textbook's; "
+              f"a step {peaks[name]['seconds']:.2f} s", flush=True)
     work = Work(options)
     flops = {}
     for name in ("textbook", "ours"):
@@ -194,6 +201,86 @@ def benchmark_input(options) -> None:
           f"({seconds['textbook'] / seconds['later epochs']:.1f} times)")
 
 
+def benchmark_generation(options) -> None:
+    """Vision included; the textbook decodes by the library's `generate`, its prompts computed for each beam."""
+    from conftest import library_search
+    work = Work(options)
+    model, settings, lengths = work.model.eval(), work.config.generate, {}
+
+    def textbook() -> None:
+        work.use_attention(textbook=True)
+        with torch.no_grad(), model.autocast():
+            visual_tokens = textbook_encode(model, work.batch["images"], work.batch["view_counts"])
+            ids = library_search(model, model.embed_prompt(visual_tokens), settings)
+        lengths["textbook"] = [len(model.decode(row).split()) for row in ids.tolist()]
+
+    def ours() -> None:
+        work.use_attention(textbook=False)
+        lengths["ours"] = [len(text.split()) for text in model.generate(work.batch["images"], work.batch["view_counts"])[0]]
+    seconds = alternating({"textbook": textbook, "ours": ours}, options.rounds)
+    visual_tokens = torch.randn(options.batch, 49, model.norm.weight.shape[0])
+    with patch.object(model, "encode", lambda *_: visual_tokens), patch("__main__.textbook_encode", lambda *_: visual_tokens):
+        behind = alternating({"textbook": textbook, "ours": ours}, options.rounds)
+    print(f"behind the encoder: textbook {behind['textbook']:.1f} s, ours {behind['ours']:.1f} s, {behind['textbook'] / behind['ours']:.2f} times")
+    print(f"generation of {options.batch} reports, {settings.num_beams} beams, {settings.min_new_tokens} to {settings.max_new_tokens} tokens: "
+          + ", ".join(f"{name} {value:.1f} s ({sum(lengths[name]) / options.batch:.0f} words a report)" for name, value in seconds.items())
+          + f", {seconds['textbook'] / seconds['ours']:.2f} times")
+
+
+def paper_scale(views: int = 32, reports: int = 16, prompt: int = 77, report_tokens: int = 60) -> dict[str, float]:
+    """A step at the sizes of configs/iu_xray.yaml, counted on the meta device: TFLOP, and GB by part.
+
+    The prompt has 49 visual tokens and, as SmolLM2's tokenizer cuts it, 28 others.
+
+    Kept for the backward, with `train.recompute` and without: of the encoder (whose attention is counted as plain products) and of
+    the LLM. The attention of the LLM is the fused one.
+    """
+    from conftest import make_tokenizer
+    numbers = {}
+    for recompute in (False, True):
+        config = load_config(str(Path(__file__).parent.parent / "configs/iu_xray.yaml"), [f"train.recompute={str(recompute).lower()}"])
+        with torch.device("meta"):
+            swin = SwinModel(SwinConfig(image_size=224, patch_size=4, window_size=7, embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32],
+                                        attn_implementation="eager"), add_pooling_layer=False)
+            llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                                                 num_attention_heads=32, attn_implementation="sdpa")).to(torch.bfloat16)
+            model = VDGen(config, swin, llama, make_tokenizer()).train()
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            counts = flop_counts(model)
+            model.vision.to(torch.bfloat16)  # there is no autocast on meta
+            weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+            def kept(call) -> float:
+                sizes = {}
+                with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage()._cdata: t.nbytes}) or t, lambda t: t):
+                    output = call()  # holds what it kept
+                del output
+                return sum(size for key, size in sizes.items() if key not in weights) / 1e9
+            length = prompt - 1 + report_tokens
+            states = torch.empty(reports, length, 4096, dtype=torch.bfloat16, requires_grad=True)
+            mask = torch.empty(1, 1, length, length, dtype=torch.bfloat16)
+            name = "recomputed" if recompute else "kept"
+            pixels = torch.empty(views, 3, 224, 224, dtype=torch.bfloat16)
+            numbers[f"encoder, {name}"] = kept(lambda: model.vision(pixels).last_hidden_state)
+            numbers[f"LLM, {name}"] = kept(lambda: model.causal_lm.model(inputs_embeds=states, attention_mask=mask, use_cache=False).last_hidden_state)
+            numbers["frozen weights"] = sum(p.nbytes for p in model.parameters() if not p.requires_grad) / 1e9
+            numbers["trained weights, gradients, AdamW"] = 16 * trained / 1e9
+            numbers["logits"] = reports * report_tokens * 32000 * (2 + 4 + 4 + 2) / 1e9  # bf16, float32, its softmax, the gradient
+    tokens = reports * report_tokens
+    numbers["TFLOP, encoder"] = counts["image"] * views / 1e12
+    numbers["TFLOP, LLM"] = (counts["token"] * reports * length + counts["report_token"] * tokens) / 1e12
+    return numbers
+
+
+def benchmark_paper(options) -> None:
+    numbers = paper_scale()
+    print("the paper's scale, computed, not measured: batch 16, two views, 60 report tokens")
+    for name, value in numbers.items():
+        print(f"  {name}: {value:.2f}" + ("" if "TFLOP" in name else " GB"))
+    flop = numbers["TFLOP, encoder"] + numbers["TFLOP, LLM"]
+    print(f"  a step at 40 % of an H100's 989 TFLOP/s: {flop / 989 / 0.4:.3f} s; 15 epochs of 129 steps: {15 * 129 * flop / 989 / 0.4 / 60:.1f} min")
+
+
 def benchmark_scores(options) -> None:
     from test_evaluate import theirs
     reports = [study.report for study in read_studies(load_config(options.config, [f"data.root={options.data}"]).data)["train"]]
@@ -210,15 +297,15 @@ def main() -> None:
         parser.add_argument(f"--{name}", default=default, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("training", "input", "scores"))
-    parser.add_argument("--peak", choices=("textbook", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("training", "generation", "input", "scores", "paper"))
+    parser.add_argument("--peak", choices=("textbook", "ours", "recompute"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         work = Work(options)
-        for _ in range(2):
-            work.step(options.peak == "textbook")
-        return print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
-    for name, part in (("training", benchmark_training), ("input", benchmark_input), ("scores", benchmark_scores)):
+        seconds = [sum(work.step(options.peak == "textbook").values()) for _ in range(3)]
+        return print(json.dumps({"GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "seconds": min(seconds)}))
+    for name, part in (("training", benchmark_training), ("generation", benchmark_generation), ("input", benchmark_input),
+                       ("scores", benchmark_scores), ("paper", benchmark_paper)):
         if options.only in (None, name):
             part(options)
 

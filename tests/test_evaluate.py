@@ -17,8 +17,8 @@ from PIL import Image
 import evaluate
 from configs import parse_config
 from data import clean_iu_xray
-from evaluate import (FIVE, METRICS, best_constant, bleu, measure, meteor_1_5, named_findings, precision_recall_f1, rouge_l,
-                      score, score_clinical, score_findings)
+from evaluate import (FIVE, METRICS, best_constant, bleu, measure, meteor_1_5, named_findings, names_abnormality, precision_recall_f1,
+                      principal_plane, rouge_l, score, score_clinical, score_findings)
 from model import CONDITIONS
 
 SENTENCES = ["the heart is normal .", "lungs are clear .", "no pleural effusion or pneumothorax .", "xxxx are intact .",
@@ -326,6 +326,8 @@ def test_page_is_self_contained_and_holds_the_cases(make_config, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()][1:]
     assert data["curves"]["did"] == [[line["step"], line["did"]] for line in steps if "did" in line]
     assert data["curves"]["BLEU_4"] == [[3, steps[-1]["val"]["BLEU_4"]]]
+    assert {point["id"]: point["at"] for point in data["points"]} == {name: row["visual_pca"] for name, row in rows.items()}
+    assert {len(point["at"]) for point in data["points"]} == {3} and any(point["at"][0] for point in data["points"])
 
 
 def test_page_escapes_hostile_text_and_survives_missing_images(tmp_path):
@@ -402,3 +404,25 @@ def test_command_line_evaluates_and_writes_one_report(make_config, data_root, tm
     done = subprocess.run([sys.executable, "evaluate.py", "--checkpoint", best, "--split", "val", "--set", "data.limit=2"],
                           capture_output=True, text=True, env={"PATH": "/nowhere", "HOME": str(tmp_path)})
     assert "val: 2 studies" in done.stdout and torch.load(best, weights_only=True)["step"] == 1, done.stderr
+
+
+def test_principal_plane_is_that_of_the_unit_vectors():
+    """Against the eigenvectors of the covariance; the three numbers hold the whole variance, and so the mean cosine."""
+    embeds = np.random.default_rng(0).normal(size=(40, 6)) * [5, 3, 1, 1, 1, 1] + 2
+    points = principal_plane(embeds)
+    unit = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+    values, vectors = np.linalg.eigh(np.cov(unit.T, bias=True))
+    for axis in (0, 1):
+        expected = (unit - unit.mean(axis=0)) @ vectors[:, -1 - axis]
+        assert np.allclose(np.abs(points[:, axis]), np.abs(expected)) and (points[:, axis]**2).mean() == pytest.approx(values[-1 - axis])
+    assert np.allclose(points, principal_plane(7 * embeds))
+    variance = (points[:, 0]**2 + points[:, 1]**2 + points[:, 2]).mean()
+    assert variance == pytest.approx(1 - (unit @ unit.T).mean())
+    assert principal_plane(embeds[:1]).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("text, abnormal", [
+    ("the lungs are clear . no pleural effusion . heart size is normal .", False), ("there is a small left effusion . lungs are clear .", True),
+    ("Lungs are clear. 1. 2.", False), ("", False), ("cardiomegaly", True)])
+def test_a_report_without_words_of_denial_names_an_abnormality(text, abnormal):
+    assert names_abnormality(text) == abnormal

@@ -1,11 +1,12 @@
 """The model: what reaches which loss, what trains and what stays, and the sizes of the paper."""
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel
 
 from configs import PROMPT, Generate, load_config
 from conftest import REPORTS, library_search, make_tokenizer
-from model import VDGen, beam_search, embed_reports, grouped_attention, read_checkpoint
+from model import VDGen, beam_search, embed_reports, flop_counts, grouped_attention, read_checkpoint
 
 
 def make_batch(model, reports=REPORTS[:4], views=(2, 1, 3, 1), seed=0):
@@ -215,10 +216,11 @@ def test_generation_alone_equals_generation_in_a_batch(make_model, beams):
     model = make_model(f"generate.num_beams={beams}", "generate.max_new_tokens=12", "generate.repetition_penalty=1.5").eval()
     shake_lora(model, 1.0)
     batch = make_batch(model)
-    together = model.generate(batch["images"], batch["view_counts"])
+    together, h = model.generate(batch["images"], batch["view_counts"])
+    torch.testing.assert_close(h, model.encode(batch["images"], batch["view_counts"]).mean(dim=1))
     start = 0
     for text, count in zip(together, batch["view_counts"]):
-        assert model.generate(batch["images"][start:start + count], [count]) == [text]
+        assert model.generate(batch["images"][start:start + count], [count])[0] == [text]
         start += count
     assert len(set(together)) > 1  # else the test would say nothing
 
@@ -244,6 +246,37 @@ def test_beam_search_equals_the_librarys(make_model, changes):
     lengths = (ours != model.eos_id).sum(dim=1)
     assert len(lengths.unique()) > 2 and len(ours.unique(dim=0)) > 12, lengths  # else the test would say little
     assert calls[0] == 24 and calls[-1] < 24 and calls == sorted(calls, reverse=True)  # settled studies leave
+
+
+def test_flop_counts_are_those_of_a_step(make_model):
+    """Reports of 51 tokens, so that rows are as long as those counted; what has B rows is left out of the count."""
+    model = make_model("loss.vse_weight=0", "loss.did_weight=0").eval()
+    batch = make_batch(model) | dict(report_ids=torch.randint(4, 20, (4, 51)), report_lengths=[51] * 4)
+    counts = flop_counts(model)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)["report"].backward()
+    tokens = sum(batch["report_lengths"])
+    assert counts["prompt"] == model.embed_prompt(torch.zeros(1, 16, 32)).shape[1]
+    predicted = counts["image"] * 7 + counts["token"] * (4 * (counts["prompt"] - 1) + tokens) + counts["report_token"] * tokens
+    assert predicted == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert {p.device.type for p in model.parameters()} == {"cpu"} and not model.training
+
+
+def test_recomputation_changes_nothing(make_model):
+    """train.recompute: dropout included, the same terms and the same gradients, to the bit; and less is kept."""
+    kept, results = [], []
+    for setting in ("false", "true"):
+        model = make_model(f"train.recompute={setting}").train()
+        shake_lora(model)
+        batch, sizes = make_batch(model), {}
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+            terms = model(**batch)
+        sum(terms.values()).backward()
+        kept.append(sum(sizes.values()))
+        results.append([*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) and all(map(torch.equal, *results))
+    assert kept[1] < 0.8 * kept[0]
 
 
 def test_grouped_attention_equals_the_librarys(make_model):
@@ -273,7 +306,7 @@ def test_greedy_generation_follows_the_training_forward(make_model):
         logits = model.causal_lm(inputs_embeds=inputs).logits[:, -1]
         logits[:, model.eos_id] = -torch.inf  # min_new_tokens
         ids = torch.cat([ids, logits.argmax(dim=1, keepdim=True)], dim=1)
-    assert model.generate(batch["images"], batch["view_counts"]) == [model.decode(row) for row in ids.tolist()]
+    assert model.generate(batch["images"], batch["view_counts"])[0] == [model.decode(row) for row in ids.tolist()]
 
 
 def test_decode_ends_at_the_end_token(make_model):
