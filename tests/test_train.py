@@ -64,7 +64,8 @@ def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(make_config, tmp_path
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
 
-def test_run_writes_what_the_readme_says(make_config, tmp_path, capsys):
+def test_run_writes_what_the_readme_says(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.PEAK_TFLOPS", {"CPU": 0.5})  # as if its peak were known
     config = make_config("train.max_steps=3")
     metrics = train(config)
     folder = Path(config.train.output)
@@ -77,8 +78,9 @@ def test_run_writes_what_the_readme_says(make_config, tmp_path, capsys):
     for line in lines[:3]:
         assert line["total"] == pytest.approx(line["report"] + line["vse"] + line["did"], abs=1e-5)  # Eq. 8
         assert min(line[key] for key in ("studies_per_second", "report_tokens_per_second", "tflops_per_second", "peak_memory_gb", "gradient_norm")) > 0
+        assert line["share_of_peak"] == line["tflops_per_second"] / 0.5
     rows = [json.loads(line) for line in (folder / "test_predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 5 and rows[0].keys() == {"id", "prediction", "reference", "reference_cut", "image_path"}
+    assert len(rows) == 5 and rows[0].keys() == {"id", "prediction", "reference", "reference_cut", "image_path", "visual_pca"}
     assert json.loads((folder / "test_metrics.json").read_text()) == json.loads(json.dumps(metrics))
     frozen = [name for name in read_checkpoint(folder / "last.pt")["model"] if name.startswith("llm.") and "lora_" not in name]
     assert not frozen
