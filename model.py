@@ -319,8 +319,6 @@ def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int)
         ancestors = torch.cat([_of_beams(ancestors, parents), itself], dim=2)
         # Settled: with N ended, the best running one would not enter them if it ended now (the library's rule).
         open_ = running[:, 0] / (t + 1) ** settings.length_penalty > ended_scores[:, -1]
-        if N == 1:
-            open_, running = ~ends[:, 0], torch.zeros_like(running)
         if not open_.all():
             if not open_.any():
                 break

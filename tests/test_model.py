@@ -235,8 +235,8 @@ def test_beam_search_equals_the_librarys(make_model, changes):
     settings = Generate(**dict(num_beams=3, repetition_penalty=2.0, length_penalty=2.0, min_new_tokens=4, max_new_tokens=20) | changes)
     model = make_model().eval()
     shake_lora(model, 1.0)
-    model.causal_lm.lm_head.weight.data *= 4 if settings.num_beams == 1 else 2                # one token is repeated until the penalty has its say
-    model.causal_lm.lm_head.weight.data[model.eos_id] *= 2  # ends come within the limit
+    model.causal_lm.lm_head.weight.data *= 2  # one token is repeated until the penalty has its say
+    model.causal_lm.lm_head.weight.data[model.eos_id] *= 2  # and ends come within the limit
     prompt = torch.randn(24, 9, 32, generator=torch.Generator().manual_seed(1))
     calls = []
     hook = model.causal_lm.model.register_forward_hook(lambda module, args, result: calls.append(len(result.last_hidden_state)))
