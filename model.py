@@ -144,21 +144,7 @@ class VDGen(nn.Module):
         """
         visual_tokens = self.encode(images, view_counts)
         visual_embed = visual_tokens.mean(dim=1)  # h
-        prompt, embed = self.embed_prompt(visual_tokens), self.causal_lm.get_input_embeddings()
-        hidden, targets = [], []
-        for rows in torch.tensor(report_lengths).argsort(stable=True).split(LIKE_LENGTH):  # each group is padded to its own longest
-            lengths = [report_lengths[row] for row in rows]
-            ids = report_ids[rows, :max(lengths)]
-            # The last token predicts nothing. No attention mask: under a causal mask, padding on the right is never seen.
-            inputs = torch.cat([prompt[rows], embed(ids[:, :-1])], dim=1)
-            states = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, prompt.shape[1] - 1:]
-            hidden += [state[:n] for state, n in zip(states, lengths)]
-            targets += [row[:n] for row, n in zip(ids, lengths)]
-        logits = self.causal_lm.get_output_embeddings()(torch.cat(hidden))  # at report positions only
-        terms = {"report": report_loss(logits, torch.cat(targets))}
-        if ranks()[1] > 1:  # from the mean over this rank's tokens to its share of the mean over all tokens
-            torch.distributed.all_reduce(total := torch.tensor(sum(report_lengths), device=self.device))
-            terms["report"] = terms["report"] * sum(report_lengths) * ranks()[1] / total
+        terms = {"report": self.report_term(visual_tokens, report_ids, report_lengths)}
         loss = self.config.loss
         with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
             if self.vse_head is not None:
@@ -168,6 +154,25 @@ class VDGen(nn.Module):
                 text_embed = gathered(self.did_head(teacher_embed.float()))
                 terms["did"] = did_loss(gathered(visual_embed), text_embed, loss.temperature)
         return terms
+
+    def report_term(self, visual_tokens: Tensor, report_ids: Tensor, report_lengths: list[int]) -> Tensor:
+        """Sec. 3.4, Eq. 2: the report loss behind visual tokens (B, S, D). The other arguments: `forward`."""
+        prompt, embed = self.embed_prompt(visual_tokens), self.causal_lm.get_input_embeddings()
+        P, hidden, targets = prompt.shape[1], [], []
+        for rows in torch.tensor(report_lengths).argsort(stable=True).split(LIKE_LENGTH):
+            lengths = [report_lengths[row] for row in rows]
+            ids = report_ids[rows, :max(lengths)]  # each group is padded to its own longest report
+            # The last token predicts nothing. Padding on the right is never seen under a causal mask: no other is needed.
+            inputs = torch.cat([prompt[rows], embed(ids[:, :-1])], dim=1)
+            states = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, P - 1:]
+            hidden += [state[:n] for state, n in zip(states, lengths)]
+            targets += [row[:n] for row, n in zip(ids, lengths)]
+        logits = self.causal_lm.get_output_embeddings()(torch.cat(hidden))  # at report positions only
+        loss = report_loss(logits, torch.cat(targets))
+        if ranks()[1] > 1:  # from the mean over this rank's tokens to its share of the mean over all tokens
+            torch.distributed.all_reduce(total := torch.tensor(sum(report_lengths), device=self.device))
+            loss = loss * sum(report_lengths) * ranks()[1] / total
+        return loss
 
     @torch.no_grad()
     def generate(self, images: Tensor, view_counts: list[int]) -> tuple[list[str], Tensor]:
@@ -225,8 +230,10 @@ def load_model(config: Config) -> VDGen:
 def flop_counts(model: VDGen) -> dict[str, float]:
     """Floating-point operations of a training step, forward and backward, counted on the meta device.
 
-    Returns: those of one "image" (encoder), of one "token" that passes the LLM in a row of prompt and 50 tokens, and of one
-        "report_token" (output layer); and "prompt", the tokens of one. Left out: padding, `train.recompute`, what has B rows.
+    Returns:
+        those of one "image" (encoder), of one "token" that passes the LLM (in a row of a prompt and 50 tokens), of one
+        "report_token" (output layer); and "prompt", the tokens of a prompt. Left out: padding, `train.recompute`, and the
+        projections of the visual tokens and of B rows.
     """
     def count(module: nn.Module, *inputs: Tensor, **options) -> tuple[int, Tensor]:
         state = {name: value.detach().to("meta").requires_grad_(value.requires_grad)
@@ -241,7 +248,8 @@ def flop_counts(model: VDGen) -> dict[str, float]:
     image, tokens = count(model.vision, torch.empty(1, 3, model.image_size, model.image_size, device="meta"))
     prompt = len(model.before_ids) + tokens.shape[1] + len(model.after_ids)
     T, options = prompt + 50, dict(dtype=llm.dtype, device="meta")
-    states, mask = torch.empty(1, T, llm.config.hidden_size, requires_grad=True, **options), torch.empty(1, 1, T, T, **options)
+    states = torch.empty(1, T, llm.config.hidden_size, requires_grad=True, **options)
+    mask = torch.empty(1, 1, T, T, **options)
     token = count(llm.model, inputs_embeds=states, attention_mask=mask, use_cache=False)[0] / T
     report_token = count(llm.get_output_embeddings(), states)[0] / T
     model.train(was_training)
@@ -250,9 +258,14 @@ def flop_counts(model: VDGen) -> dict[str, float]:
 
 def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                       scaling: float, dropout: float = 0.0, **_) -> tuple[Tensor, None]:
-    """Softmax attention as the library's `eager`, but key-value heads that serve several query heads are not copied to each.
+    """The library's `eager` attention, but a key-value head that serves several query heads is not copied to each.
 
-    Args: query (B, H, N, d); key, value (B, H / G, T, d); attention_mask, added, (B or 1, 1, N, T). Returns: (B, N, H, d).
+    Args:
+        query: (B, H, N, d).
+        key, value: (B, H / G, T, d).
+        attention_mask: (B or 1, 1, N, T), added to the scores.
+    Returns:
+        (B, N, H, d).
     """
     B, H, N, d = query.shape
     Hkv, T = key.shape[1:3]
@@ -272,9 +285,9 @@ AttentionMaskInterface.register("grouped", eager_mask)
 def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int) -> Tensor:
     """The beam search of transformers' `generate` (greedy with one beam), token for token, without its repeated work.
 
-    The prompt passes the LLM once a study, not once a beam. The beams of a study then stand side by side in one row of the
-    cache, as a tree: each step appends their `num_beams` new tokens, and a mask shows each beam its own ancestors, so that
-    no key is ever copied from beam to beam. A study whose result is settled leaves the batch.
+    The prompt passes the LLM once a study, not once a beam. The beams of a study stand side by side in one row of the
+    cache, as a tree: each step appends their N new tokens, and a mask shows each beam its own ancestors, so that no key
+    is ever copied from beam to beam. A study whose result is settled leaves the batch.
 
     Args:
         prompt: (B, P, D_h), without padding.
@@ -285,51 +298,55 @@ def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int)
     device, cache = prompt.device, DynamicCache(config=llm.config)
     hidden = llm.model(inputs_embeds=prompt, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
     written = torch.full((B, length), eos_id, device=device)
-    studies = torch.arange(B, device=device)                      # whose rows the following are
-    tokens = torch.empty(B, N, 0, dtype=torch.long, device=device)  # of the running beams
-    running = torch.zeros(B, 1, device=device)                    # their log-probabilities; at first there is one beam
-    ancestors = torch.empty(B, N, 0, dtype=torch.bool, device=device)  # which of the t N generated tokens each beam sees
-    ended_scores = torch.full((B, N), -torch.inf, device=device)  # the best N that came to an end, best first
+    studies = torch.arange(B, device=device)                           # those that the following rows belong to
+    tokens = torch.empty(B, N, 0, dtype=torch.long, device=device)     # of the running beams
+    running = torch.zeros(B, 1, device=device)                         # their log-probabilities; at first of one beam
+    ancestors = torch.empty(B, N, 0, dtype=torch.bool, device=device)  # which of the t N tokens so far a beam sees
+    ended_scores = torch.full((B, N), -torch.inf, device=device)       # the best N that came to an end, best first
     ended_tokens = written[:, None].repeat(1, N, 1)
     for t in range(length):
-        logits = llm.get_output_embeddings()(hidden).float()
-        norm = logits.logsumexp(dim=2, keepdim=True) if N > 1 else 0  # greedy is penalised on logits, beams on log-probabilities
-        if t and settings.repetition_penalty != 1:
-            seen = logits.gather(2, tokens) - norm
-            seen *= torch.where(seen < 0, settings.repetition_penalty, 1 / settings.repetition_penalty)
-            logits.scatter_(2, tokens, seen + norm)
-        if t < settings.min_new_tokens:
-            logits[..., eos_id] = -torch.inf
-        best, new = logits.topk(2 * N)  # of each beam; at most N of the 2 N of a study end
-        candidates, order = (best - norm + running[..., None]).flatten(1).topk(2 * N)
-        parents, new = order // (2 * N), new.flatten(1).gather(1, order)
+        candidates, parents, new = _candidates(llm.get_output_embeddings()(hidden).float(), tokens, running, settings, eos_id)
         grown = torch.cat([_of_beams(tokens, parents), new[..., None]], dim=2)
         ends = (new == eos_id) | (t + 1 == length)
-        # Only the best N candidates may end; a beam is ranked by its mean log-probability, to the power of the length.
+        # Only the best N candidates may end. What ended is ranked by its log-probability over a power of its length.
         scores = (candidates / (t + 1) ** settings.length_penalty).masked_fill(~ends, -torch.inf)[:, :N]
         ended_scores, order = torch.cat([ended_scores, scores], dim=1).topk(N)
         padded = nn.functional.pad(grown[:, :N], (0, length - t - 1), value=eos_id)
         ended_tokens = _of_beams(torch.cat([ended_tokens, padded], dim=1), order)
         written[studies] = ended_tokens[:, 0]
-        if t + 1 == length:
-            break
         running, order = candidates.masked_fill(ends, -torch.inf).topk(N)
         parents, tokens = parents.gather(1, order), _of_beams(grown, order)
         itself = torch.eye(N, dtype=torch.bool, device=device).expand(len(parents), -1, -1)
         ancestors = torch.cat([_of_beams(ancestors, parents), itself], dim=2)
-        # Settled: with N ended, the best running one would not enter them if it ended now (the library's rule).
+        # Settled: N have ended, and the best running beam would not be among them if it ended now (the library's rule).
         open_ = running[:, 0] / (t + 1) ** settings.length_penalty > ended_scores[:, -1]
+        if t + 1 == length or not open_.any():
+            break
         if not open_.all():
-            if not open_.any():
-                break
             studies, tokens, running, ancestors, ended_scores, ended_tokens = (
                 rows[open_] for rows in (studies, tokens, running, ancestors, ended_scores, ended_tokens))
             cache.batch_select_indices(open_)
-        mask = torch.cat([ancestors.new_ones(len(tokens), N, P), ancestors], dim=2)[:, None]
+        mask = nn.functional.pad(ancestors, (P, 0), value=True)[:, None]
         mask = torch.zeros(mask.shape, dtype=llm.dtype, device=device).masked_fill(~mask, -torch.inf)
-        hidden = llm.model(inputs_embeds=llm.get_input_embeddings()(tokens[..., -1]), attention_mask=mask, past_key_values=cache,
-                           use_cache=True, position_ids=torch.full((1, N), P + t, device=device)).last_hidden_state
+        hidden = llm.model(inputs_embeds=llm.get_input_embeddings()(tokens[..., -1]), attention_mask=mask, use_cache=True,
+                           position_ids=torch.full((1, N), P + t, device=device), past_key_values=cache).last_hidden_state
     return written
+
+
+def _candidates(logits: Tensor, tokens: Tensor, running: Tensor, settings: Generate,
+                eos_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best 2 N continuations of each study, of which at most N end: log-probability, parent beam and new token, (B, 2 N)."""
+    N, t = tokens.shape[1:]
+    norm = logits.logsumexp(dim=2, keepdim=True) if N > 1 else 0  # penalties: greedy on logits, beams on log-probabilities
+    if t and settings.repetition_penalty != 1:
+        seen = logits.gather(2, tokens) - norm
+        seen *= torch.where(seen < 0, settings.repetition_penalty, 1 / settings.repetition_penalty)
+        logits.scatter_(2, tokens, seen + norm)
+    if t < settings.min_new_tokens:
+        logits[..., eos_id] = -torch.inf
+    best, new = logits.topk(2 * N)  # of each beam
+    best, order = (best - norm + running[..., None]).flatten(1).topk(2 * N)
+    return best, order // (2 * N), new.flatten(1).gather(1, order)
 
 
 def _of_beams(rows: Tensor, beams: Tensor) -> Tensor:

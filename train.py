@@ -258,14 +258,15 @@ def train(config: Config, resume: bool = False) -> dict | None:
             gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             lr = optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, settings)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # here, so that no gradient stands beside the next forward's activations
+            optimizer.zero_grad(set_to_none=True)  # now: no gradient stands beside the activations of the next forward
             step += 1
 
             line = {"step": step, "epoch": epoch + 1, **values, "lr": lr, "gradient_norm": gradient_norm.item()}
             seconds, started = time.perf_counter() - started, time.perf_counter()
             tokens = sum(batch["report_lengths"])
-            tflop = world / 1e12 * (flops["image"] * len(images) + flops["token"] * (share * (flops["prompt"] - 1) + tokens)
-                                    + flops["report_token"] * tokens)  # of the other ranks as of this one
+            flop = flops["image"] * len(images) + flops["report_token"] * tokens
+            flop += flops["token"] * (share * (flops["prompt"] - 1) + tokens)
+            tflop = world * flop / 1e12  # of the other ranks as of this one
             line |= {"seconds": seconds, "studies_per_second": settings.batch_size / seconds,
                      "report_tokens_per_second": world * tokens / seconds, "tflops_per_second": tflop / seconds,
                      "peak_memory_gb": peak_memory_gb(device)}
@@ -273,9 +274,10 @@ def train(config: Config, resume: bool = False) -> dict | None:
                 line["share_of_peak"] = tflop / seconds / (world * peak)
             log_file.write(json.dumps(line) + "\n")
             bar.update()
-            bar.set_postfix({name: f"{line[name]:.3f}" for name in terms}
-                            | {"studies/s": f"{line['studies_per_second']:.1f}", "TFLOP/s": f"{line['tflops_per_second']:.2f}"}
-                            | ({"of peak": f"{line['share_of_peak']:.0%}"} if peak else {}), refresh=False)
+            speed = {"studies/s": f"{line['studies_per_second']:.1f}", "TFLOP/s": f"{line['tflops_per_second']:.2f}"}
+            if peak:
+                speed["of peak"] = f"{line['share_of_peak']:.0%}"
+            bar.set_postfix({name: f"{line[name]:.3f}" for name in terms} | speed, refresh=False)
 
             last_of_epoch = step % epoch_steps == 0 or step == steps
             validated = not last_of_epoch
@@ -303,7 +305,10 @@ def train(config: Config, resume: bool = False) -> dict | None:
 
 
 def validate(model: VDGen, splits: dict, step: int, log_file) -> tuple[float, tuple[dict, dict] | None]:
-    """Generate and score the val split, log it; returns (BLEU-4 + CIDEr) / 2, by which best.pt is chosen, and what was written."""
+    """Generate, score and log the val split.
+
+    Returns: (BLEU-4 + CIDEr) / 2, by which best.pt is chosen, and what `write_reports` returned.
+    """
     if not splits["val"]:
         return 0.0, None
     started = time.perf_counter()

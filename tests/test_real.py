@@ -15,10 +15,11 @@ from test_chexbert import plain_forward, word_pieces, write_checkpoint
 from test_evaluate import theirs
 from transformers import BertConfig
 
-from configs import Data, load_config
-from data import read_studies
+from configs import Data, Generate, load_config
+from conftest import library_search
+from data import ReportDataset, collate, read_studies
 from evaluate import meteor_1_5, score
-from model import embed_reports, load_chexbert, load_model
+from model import beam_search, embed_reports, load_chexbert, load_model
 from train import train
 
 FOLDERS = [os.environ.get(name) for name in ("VDGEN_LLM", "VDGEN_VISION", "VDGEN_IU_XRAY")]
@@ -49,6 +50,21 @@ def test_real_run_trains_and_scores(tmp_path):
     assert metrics["n"] == 16 and 0 <= metrics["BLEU_1"] <= 1
     steps = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()][1:3]
     assert all(2 < line["report"] < 8 and 0.5 < line["did"] < 4 for line in steps)  # a real LLM is far below log 49,152
+
+
+@needs_all
+@pytest.mark.parametrize("settings", [Generate(), Generate(num_beams=1, min_new_tokens=5, max_new_tokens=40),
+                                      Generate(num_beams=4, repetition_penalty=1.0, length_penalty=0.5, min_new_tokens=5)], ids=str)
+@torch.no_grad()
+def test_beam_search_equals_the_librarys_on_real_weights(tmp_path, settings):
+    """In float32: in bfloat16 two reports of nearly one score may change places, as any other rounding makes them."""
+    model = load_model(config(tmp_path, "train.precision=fp32")).eval()
+    studies = read_studies(model.config.data)["val"][:4]
+    dataset = ReportDataset(studies, model.config.data, model.image_size, model.tokenizer)
+    batch = collate([dataset[i] for i in range(4)])
+    prompt = model.embed_prompt(model.encode(batch["images"], batch["view_counts"]))
+    ours = beam_search(model.causal_lm, prompt, settings, model.eos_id)
+    assert torch.equal(ours, library_search(model, prompt, settings))
 
 
 @needs_all
