@@ -270,6 +270,7 @@ def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | N
 def score_findings(predictions: dict[str, str], spec: dict) -> dict:
     """`precision_recall_f1` of findings, present or not.
 
+    macro_f1_frequent and _rare: over the half of the findings with most studies, and the other (the long tail, Sec. 1).
     `side` and `extent` are apart: the share named right, of the findings that are there, were named, and have one.
     """
     named = [named_findings(text, spec) for text in predictions.values()]
@@ -277,6 +278,9 @@ def score_findings(predictions: dict[str, str], spec: dict) -> dict:
     labels = list(spec["phrases"])
     present = [np.array([[label in row for label in labels] for row in rows]) for rows in (named, true)]
     found = precision_recall_f1(*present, labels)
+    f1 = [row["f1"] for row in sorted(found["each"].values(), key=lambda row: -row["studies"])]
+    half = (len(f1) + 1) // 2
+    found |= {"macro_f1_frequent": float(np.mean(f1[:half])), "macro_f1_rare": float(np.mean(f1[half:] or [0]))}
     for i, key in enumerate(("side", "extent")):
         right = [ours[label][i] == theirs[label][i] for ours, theirs in zip(named, true)
                  for label in ours.keys() & theirs.keys() if theirs[label][i] is not None]
@@ -406,6 +410,8 @@ def print_metrics(metrics: dict, name: str) -> None:
         for title, part in (("", found), (", best constant report", constant.get("findings"))):
             for mean in MEANS[:2] if part else ():
                 line(mean + title, means(part, mean))
+        print(f"macro-F1 of the commoner half of the findings {found['macro_f1_frequent']:.3f}, of the rarer "
+              f"{found['macro_f1_rare']:.3f}")
         print("of the findings named rightly: " + ", ".join(
             f"{key} right {'-' if found[key] is None else format(found[key], '.3f')}" for key in ("side", "extent")))
     if "clinical" in metrics:

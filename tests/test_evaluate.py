@@ -161,6 +161,7 @@ def test_score_findings_by_hand():
     assert found["each"]["fracture"] == {"precision": 0, "recall": 0, "f1": 0, "studies": 0}
     assert found["micro_precision"] == found["micro_recall"] == pytest.approx(2 / 3)
     assert found["macro_f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert found["macro_f1_frequent"] == pytest.approx((2 / 3 + 1) / 2) and found["macro_f1_rare"] == 0
     assert found["side"] == 0.5 and found["extent"] == 1.0  # of two named rightly, one side; of one with an extent
 
 
