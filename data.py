@@ -211,10 +211,9 @@ class ReportDataset(Dataset):
     def __init__(self, studies: list[Study], data: configs.Data, image_size: int, tokenizer):
         self.studies, self.images, self.image_size = studies, Path(data.root) / "images", image_size
         self.cache = Path(data.root) / f"cache_{image_size}" if data.cache_images else None
-        max_report_tokens = data.max_report_tokens
+        limit = data.max_report_tokens
         ids = tokenizer([study.report for study in studies], add_special_tokens=False).input_ids
-        self.report_ids = [row + [tokenizer.eos_token_id] if len(row) <= max_report_tokens else row[:max_report_tokens]
-                           for row in ids]
+        self.report_ids = [row + [tokenizer.eos_token_id] if len(row) <= limit else row[:limit] for row in ids]
 
     def __len__(self) -> int:
         return len(self.studies)

@@ -48,6 +48,7 @@ MEANS = ("micro", "macro", "example")
 PAGE_CASES, PAGE_PIXELS = 60, 352  # studies on the page, and the longer side of a view: under 3 MB with two views
 METEOR_SECONDS = 600  # looping text of a badly trained model can keep the aligner of METEOR busy for ever
 NEGATIONS = {"no", "not", "without", "free"}  # a sentence with one of them names no finding
+NORMALITY = NEGATIONS | {"normal", "clear", "unremarkable", "intact", "negative", "stable"}
 
 
 # The scores -----------------------------------------------------------------------------------------------------------
@@ -454,8 +455,8 @@ def curves(log: Path, points: int = 300) -> tuple[dict | None, dict[str, list]]:
 
 def names_abnormality(reference: str) -> bool:
     """A rough reading where no labels are: a sentence of the report holds no word that denies or says normal."""
-    return any(re.search(r"[a-z]{3}", part) and not re.search(r"\b(no|not|without|normal|clear|unremarkable|intact|negative|free|stable)\b", part)
-               for part in reference.lower().split("."))
+    words = (re.findall(r"[a-z]{2,}", part) for part in reference.lower().split("."))
+    return any(part and not NORMALITY & set(part) for part in words)
 
 
 def thumbnail(path: Path, pixels: int) -> str | None:

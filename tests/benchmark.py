@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoImageProcessor, LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel
+from transformers import AutoImageProcessor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -235,16 +235,11 @@ def paper_scale(views: int = 32, reports: int = 16, prompt: int = 77, report_tok
     Kept for the backward, with `train.recompute` and without: of the encoder (whose attention is counted as plain products) and of
     the LLM. The attention of the LLM is the fused one.
     """
-    from conftest import make_tokenizer
+    from conftest import paper_model
     numbers = {}
     for recompute in (False, True):
-        config = load_config(str(Path(__file__).parent.parent / "configs/iu_xray.yaml"), [f"train.recompute={str(recompute).lower()}"])
+        model = paper_model(f"train.recompute={str(recompute).lower()}")
         with torch.device("meta"):
-            swin = SwinModel(SwinConfig(image_size=224, patch_size=4, window_size=7, embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32],
-                                        attn_implementation="eager"), add_pooling_layer=False)
-            llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                                                 num_attention_heads=32, attn_implementation="sdpa")).to(torch.bfloat16)
-            model = VDGen(config, swin, llama, make_tokenizer()).train()
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             counts = flop_counts(model)
             model.vision.to(torch.bfloat16)  # there is no autocast on meta

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from configs import parse_config  # noqa: E402
-from model import load_model  # noqa: E402
+from configs import load_config, parse_config  # noqa: E402
+from model import VDGen, load_model  # noqa: E402
 
 REPORTS = [
     "The heart is enlarged. No pleural effusion.",
@@ -99,6 +99,17 @@ def make_model(make_config):
         torch.manual_seed(0)
         return load_model(make_config(*overrides))
     return make
+
+
+def paper_model(*overrides: str) -> VDGen:
+    """Sec. 4.1.2: the model of configs/iu_xray.yaml at its published sizes, on the meta device; our prompt's tokenizer."""
+    config = load_config(Path(__file__).parent.parent / "configs/iu_xray.yaml", overrides)
+    with torch.device("meta"):
+        swin = SwinModel(SwinConfig(image_size=224, patch_size=4, window_size=7, embed_dim=128, depths=[2, 2, 18, 2],
+                                    num_heads=[4, 8, 16, 32], attn_implementation="eager"), add_pooling_layer=False)
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                                             num_hidden_layers=32, num_attention_heads=32)).to(torch.bfloat16)
+        return VDGen(config, swin, llama, make_tokenizer()).train()
 
 
 def library_search(model, prompt: torch.Tensor, settings) -> torch.Tensor:

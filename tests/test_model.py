@@ -2,11 +2,11 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel
+from transformers import LlamaForCausalLM
 
-from configs import PROMPT, Generate, load_config
-from conftest import REPORTS, library_search, make_tokenizer
-from model import VDGen, beam_search, embed_reports, flop_counts, grouped_attention, read_checkpoint
+from configs import PROMPT, Generate
+from conftest import REPORTS, library_search, paper_model
+from model import beam_search, embed_reports, flop_counts, grouped_attention, read_checkpoint
 
 
 def make_batch(model, reports=REPORTS[:4], views=(2, 1, 3, 1), seed=0):
@@ -359,16 +359,9 @@ def test_missing_backbone_is_named(make_model):
 
 def test_paper_scale_on_the_meta_device():
     """Sec. 4.1.2: the model of configs/iu_xray.yaml at its published sizes, without its weights."""
-    config = load_config("configs/iu_xray.yaml")
+    model = paper_model()
     with torch.device("meta"):
-        swin = SwinModel(SwinConfig(image_size=224, patch_size=4, window_size=7, embed_dim=128, depths=[2, 2, 18, 2],
-                                    num_heads=[4, 8, 16, 32]), add_pooling_layer=False)
-        llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008,
-                                             num_hidden_layers=32, num_attention_heads=32)).to(torch.bfloat16)
-        model = VDGen(config, swin, llama, make_tokenizer())
-        model.train()
-        pixels = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
-        visual_tokens = model.encode(pixels, [2])
+        visual_tokens = model.encode(torch.zeros(2, 3, 224, 224, dtype=torch.uint8), [2])
     count = lambda parameters: sum(p.numel() for p in parameters)  # noqa: E731
     assert visual_tokens.shape == (1, 49, 1024)                                          # S, D
     assert model.vse_head.weight.shape == (2048, 1024)                                   # D_z, A4
