@@ -205,7 +205,7 @@ class ReportDataset(Dataset):
 
     A report of at most `max_report_tokens` tokens ends in the end token; a longer one is cut and does not (A20, A23).
 
-    Item: {"id": str, "report": str, "images": (V, 3, H, W) uint8, "report_ids": list of token ids}.
+    Item: {"index": int, "id": str, "report": str, "images": (V, 3, H, W) uint8, "report_ids": list of token ids}.
     """
 
     def __init__(self, studies: list[Study], data: configs.Data, image_size: int, tokenizer):
@@ -222,18 +222,19 @@ class ReportDataset(Dataset):
         study = self.studies[index]
         views = [read_image(self.images / path, self.image_size, self.cache and self.cache / f"{path}.npy")
                  for path in study.image_paths]
-        return {"id": study.id, "report": study.report, "images": torch.stack(views),
+        return {"index": index, "id": study.id, "report": study.report, "images": torch.stack(views),
                 "report_ids": self.report_ids[index]}
 
 
 def collate(items: list[dict]) -> dict:
     """One batch; its studies may differ in their number of views (A8).
 
-    Returns: ids, reports (B strings each), images (sum of views, 3, H, W) uint8, view_counts (B ints), report_ids (B, L) padded on the
+    Returns: indices (B numbers of studies), ids, reports (B strings each), images (sum of views, 3, H, W) uint8, view_counts (B ints), report_ids (B, L) padded on the
     right to the longest report, report_lengths (B ints).
     """
     reports = [torch.tensor(item["report_ids"]) for item in items]
-    return {"ids": [item["id"] for item in items], "reports": [item["report"] for item in items],
+    return {"indices": [item["index"] for item in items],
+            "ids": [item["id"] for item in items], "reports": [item["report"] for item in items],
             "images": torch.cat([item["images"] for item in items]),
             "view_counts": [len(item["images"]) for item in items],
             "report_ids": torch.nn.utils.rnn.pad_sequence(reports, batch_first=True),

@@ -65,6 +65,13 @@ def did_loss(image_embed: Tensor, text_embed: Tensor, temperature: float) -> Ten
         return (v2t + t2v) / 2
 
 
+@torch.no_grad()
+def own_report_nearest(image_embed: Tensor, text_embed: Tensor) -> Tensor:
+    """(B,) bool: for which images the own report is nearest by cosine among the B; arguments as `did_loss`."""
+    similarity = F.normalize(image_embed.float(), dim=1) @ F.normalize(text_embed.float(), dim=1).T
+    return similarity.argmax(dim=1) == torch.arange(len(similarity), device=similarity.device)
+
+
 def report_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Eq. 2: next-token cross-entropy, mean over the report tokens of the whole batch (A10).
 

@@ -26,7 +26,7 @@ from transformers import (AttentionInterface, AutoConfig, AutoImageProcessor, Au
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from configs import PROMPT, Config, Generate
-from losses import did_loss, report_loss, vse_loss
+from losses import did_loss, own_report_nearest, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher alike
@@ -63,7 +63,7 @@ class VDGen(nn.Module):
 
     Args:
         config: see configs/__init__.py.
-        vision: a Hugging Face encoder whose output has `last_hidden_state` (N, S, D).
+        vision: a Hugging Face encoder whose output has `last_hidden_state` (N, S, D), or a map (N, D, h, w) (Sec. 3.1).
         llm: a Hugging Face causal LM of the Llama architecture (`.model` and an output embedding).
         tokenizer: of that LLM, with a begin and an end token.
         teacher_width: D_t when `model.teacher` names another encoder; default: the width of the LLM (A5).
@@ -74,10 +74,14 @@ class VDGen(nn.Module):
                  image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        D, D_h = vision.config.hidden_size, llm.config.hidden_size
-        if getattr(vision, "pooler", None) is not None:
-            vision.pooler = None  # h is a mean over S; a pooler would be computed, and never trained
+        if any(True for _ in getattr(vision, "pooler", None) and vision.pooler.parameters() or ()):
+            vision.pooler = None  # h is a mean over S; a pooler's weights would never be trained
         self.vision = vision.requires_grad_()  # A11: all of it
+        self.image_size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2, for an encoder that takes any
+        hidden = self.encoder_shape()
+        if len(hidden) == 4:
+            vision.to(memory_format=torch.channels_last)  # convolutions: a quarter of their time less
+        D, D_h = hidden[1 if len(hidden) == 4 else 2], llm.config.hidden_size
         self.norm = nn.LayerNorm(D)            # Sec. 3.2, A26
         self.vse_head = nn.Linear(D, config.model.vse_expansion * D) if config.loss.vse_weight else None    # W1, A4
         self.did_head = nn.Linear(teacher_width or D_h, D) if config.loss.did_weight else None              # W2
@@ -90,7 +94,6 @@ class VDGen(nn.Module):
         if config.train.recompute:
             for part in (vision, llm):
                 part.gradient_checkpointing_enable({"use_reentrant": False})
-        self.image_size = vision.config.image_size
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in PROMPT)
         for name, values in dict(before_ids=[self.bos_id] + before, after_ids=after,
@@ -110,6 +113,16 @@ class VDGen(nn.Module):
         """A13: bfloat16 autocast, on CUDA and on CPU alike; off with `train.precision: fp32`."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
+    def encoder_shape(self) -> torch.Size:
+        """(1, S, D), or (1, D, h, w): of one pass on the meta device, as no two families name these sizes alike."""
+        state = {name: value.to("meta") for name, value in self.vision.state_dict(keep_vars=True).items()}
+        image = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
+        was_training = self.vision.training
+        with torch.no_grad():
+            hidden = functional_call(self.vision.eval(), state, image).last_hidden_state
+        self.vision.train(was_training)
+        return hidden.shape
+
     def encode(self, images: Tensor, view_counts: list[int]) -> Tensor:
         """Sec. 3.2: X^e, the visual tokens of each study: Swin, LayerNorm (A26), mean over its views (A8).
 
@@ -120,7 +133,7 @@ class VDGen(nn.Module):
             (B, S, D) float32.
         """
         pixels = (images.float() / 255 - self.image_mean.view(3, 1, 1)) / self.image_std.view(3, 1, 1)
-        tokens = self.norm(self.vision(pixels).last_hidden_state.float())
+        tokens = self.norm(_as_tokens(self.vision(pixels).last_hidden_state).float())
         return torch.stack([views.mean(dim=0) for views in tokens.split(view_counts)])
 
     def embed_prompt(self, visual_tokens: Tensor) -> Tensor:
@@ -129,31 +142,36 @@ class VDGen(nn.Module):
         before, after = (embed(ids).expand(B, -1, -1) for ids in (self.before_ids, self.after_ids))
         return torch.cat([before, self.visual_projection(visual_tokens).to(before.dtype), after], dim=1)
 
-    def forward(self, images: Tensor, view_counts: list[int], report_ids: Tensor, report_lengths: list[int],
-                teacher_embed: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, view_counts: list[int], report_ids: Tensor,
+                report_lengths: list[int], teacher_embed: Tensor | None
+                ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """The unweighted terms of Eq. 8 for one batch of B studies.
 
         Args:
             images, view_counts: see `encode`.
             report_ids: (B, L) token ids, end token included (A20), padded on the right with any id.
             report_lengths: B numbers >= 1, how many of them count.
-            teacher_embed: (B, D_t) y, one for each report (see `embed_reports`); None if `loss.did_weight` is 0.
+            teacher_embed: (B, D_t) y, one for each report (see `Teacher`); None if `loss.did_weight` is 0.
         Returns:
-            {"report": ..., "vse": ..., "did": ...}, scalars in nats; a term of weight 0 is left out. With several ranks
-            the mean of each over the ranks is the term of the whole batch, and the mean of its gradients the gradient.
+            terms: {"report": ..., "vse": ..., "did": ...}, scalars in nats; a term of weight 0 is left out. With
+                several ranks the mean of each over the ranks is the term of the whole batch, and the mean of its
+                gradients the gradient.
+            visual_tokens: X^e (B, S, D), at which the gradients of the terms meet.
+            did_top1: share of the images whose own report is the nearest of the batch (chance 1/B); None without DID.
         """
         visual_tokens = self.encode(images, view_counts)
         visual_embed = visual_tokens.mean(dim=1)  # h
         terms = {"report": self.report_term(visual_tokens, report_ids, report_lengths)}
-        loss = self.config.loss
+        loss, did_top1 = self.config.loss, None
         with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
             if self.vse_head is not None:
                 z = gathered(self.vse_head(visual_embed))
-                terms["vse"] = vse_loss(z, loss.temperature, loss.vse_self_in_denominator)
+                terms["vse"] = vse_loss(z, loss.vse_temperature, loss.vse_self_in_denominator)
             if self.did_head is not None:
-                text_embed = gathered(self.did_head(teacher_embed.float()))
-                terms["did"] = did_loss(gathered(visual_embed), text_embed, loss.temperature)
-        return terms
+                image_embed, text_embed = gathered(visual_embed), gathered(self.did_head(teacher_embed))
+                terms["did"] = did_loss(image_embed, text_embed, loss.did_temperature)
+                did_top1 = own_report_nearest(image_embed, text_embed).float().mean()
+        return terms, visual_tokens, did_top1
 
     def report_term(self, visual_tokens: Tensor, report_ids: Tensor, report_lengths: list[int]) -> Tensor:
         """Sec. 3.4, Eq. 2: the report loss behind visual tokens (B, S, D). The other arguments: `forward`."""
@@ -204,6 +222,11 @@ class VDGen(nn.Module):
             raise ValueError(f"checkpoint: {len(wrong)} tensors are missing, unexpected or of another shape, first "
                              f"{wrong[0]}; it was written by a model with other sizes or another `model` section")
         self.load_state_dict(state, strict=False)
+
+
+def _as_tokens(hidden: Tensor) -> Tensor:
+    """(N, S, D) as it is; of a map (N, D, h, w) the h w places are the tokens (Sec. 3.1)."""
+    return hidden.flatten(2).mT if hidden.dim() == 4 else hidden
 
 
 def load_model(config: Config) -> VDGen:
@@ -389,6 +412,37 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
             embeddings.update(zip(batch, means.to(dtype).cpu()))
     model.train(was_training)
     return embeddings
+
+
+class Teacher:
+    """A5: y of the training studies, each dimension standardised over them (mean 0, deviation 1).
+
+    A report counts as often as it occurs. An LLM's embeddings lie in a narrow cone; standardising is an affine map that
+    W2 and b2 of Eq. 5 could undo, so only their conditioning changes. All ranks, and a resumed run, compute the same.
+
+    Args:
+        embeddings: (U, D_t) of the different reports, as `embed_reports` gives them.
+        rows: (N,) the row of each of the N training studies.
+    """
+
+    def __init__(self, embeddings: Tensor, rows: Tensor):
+        self.embeddings, self.rows = embeddings, rows
+        counts = rows.bincount(minlength=len(embeddings)).double()
+        self.mean, self.deviation = torch.zeros(2, embeddings.shape[1], dtype=torch.float64)
+        for part, n in zip(embeddings.split(4096), counts.split(4096)):  # in parts: MIMIC-CXR has gigabytes of them
+            self.mean += n @ part.double() / len(rows)
+        for part, n in zip(embeddings.split(4096), counts.split(4096)):
+            self.deviation += n @ (part.double() - self.mean) ** 2 / len(rows)
+        self.mean = self.mean.float()
+        self.deviation = self.deviation.sqrt().float().clamp(min=1e-6)  # a dimension that does not vary stays finite
+
+    def __call__(self, studies: list[int]) -> Tensor:
+        """(B, D_t) float32 of training studies, by their numbers."""
+        return self.standardise(self.embeddings[self.rows[studies]])
+
+    def standardise(self, embeddings: Tensor) -> Tensor:
+        """Any reports' embeddings (.., D_t), by the training studies' mean and deviation."""
+        return (embeddings.float() - self.mean) / self.deviation
 
 
 def _teacher_ids(tokenizer, text: str, is_decoder: bool) -> tuple[Tensor, Tensor]:

@@ -28,14 +28,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import configs
-from configs import Config, load_config
+from configs import Config, load_config, parse_config
 from data import (ReportDataset, build_demo_if_missing, collate, end_in_one_line, epoch_batches, read_studies,
                   require_images)
 from evaluate import evaluate, score, write_reports
-from model import VDGen, embed_reports, flop_counts, join_ranks, load_model, ranks, read_checkpoint
+from model import Teacher, VDGen, embed_reports, flop_counts, join_ranks, load_model, ranks, read_checkpoint
 
+# What --resume lets a person change: where and how a run is computed, and what helps after trouble. The rest makes
+# another experiment.
 FREE_TO_CHANGE = {"data.root", "data.num_workers", "data.cache_images", "train.output", "train.save_every_steps",
-                  "train.eval_batch_size", "train.recompute"}
+                  "train.eval_batch_size", "train.recompute", "train.lr", "train.min_lr", "train.clip_norm",
+                  "train.weight_decay"}
+FREE_TO_RAISE = {"train.epochs", "train.max_steps"}
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165,
                "RTX 3090": 71}  # NVIDIA's data sheets: bf16 tensor cores, dense
 
@@ -66,10 +70,14 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> dict[str, Tensor]:
-    """A5: y for each report, read from `path` if it holds just these reports by this teacher, else computed and kept."""
-    names = model.config.model
-    key = {"teacher": names.teacher or names.llm, "precision": model.config.train.precision, "texts": sorted(set(reports))}
+def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> Teacher:
+    """A5: y of each training study, in their order.
+
+    What the teacher says of the different reports is read from `path` if it holds just these by this teacher, else
+    computed and kept there.
+    """
+    names, texts = model.config.model, sorted(set(reports))
+    key = {"teacher": names.teacher or names.llm, "precision": model.config.train.precision, "texts": texts}
     rank, world = ranks()
     if rank:
         torch.distributed.barrier()  # the first rank computes them
@@ -80,7 +88,8 @@ def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> dict[str
         write_atomically(path, kept)
     if world > 1 and not rank:
         torch.distributed.barrier()
-    return dict(zip(key["texts"], kept["embeddings"]))
+    row = {text: i for i, text in enumerate(texts)}
+    return Teacher(kept["embeddings"], torch.tensor([row[report] for report in reports]))
 
 
 def open_run(config: Config, resume: bool) -> tuple[Path, dict | None]:
@@ -94,11 +103,18 @@ def open_run(config: Config, resume: bool) -> tuple[Path, dict | None]:
         print(f"--resume: there is no {last}; starting at step 0")
     elif resume:
         checkpoint = read_checkpoint(last, keys=("model", "config", "optimizer", "step", "best", "random", "validated"))
+        parse_config(checkpoint["config"], source=str(last))  # one line for what an older version wrote
         before, now = _flat(checkpoint["config"]), _flat(config.to_dict())
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE_TO_CHANGE)
-        if changed:
-            raise ValueError(f"--resume: {last} was written with another config: " + "; ".join(
-                f"{k} was {before.get(k)}, is {now.get(k)}" for k in changed) + ". Use the same, or another train.output")
+        changed = {k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys())
+                   if before.get(k) != now.get(k)}
+        fixed = [f"{k} was {old}, is {new}" for k, (old, new) in changed.items() if k not in FREE_TO_CHANGE
+                 and not (k in FREE_TO_RAISE and (new or math.inf) > (old or math.inf))]
+        if fixed:
+            raise ValueError(f"--resume: {last} was written with another config: {'; '.join(fixed)}. Use the same, or "
+                             f"another train.output")
+        checkpoint["changed"] = {k: new for k, (old, new) in changed.items()}
+        for k, (old, new) in changed.items():
+            print(f"--resume: {k} was {old}, is {new} from step {checkpoint['step'] + 1} on")
     return folder, checkpoint
 
 
@@ -129,6 +145,36 @@ def open_log(path: Path, step: int, validated: bool):
         kept += len(text.encode())
     file.truncate(kept)
     return file
+
+
+def pulls(terms: dict[str, Tensor], weights: configs.Loss, visual_tokens: Tensor) -> dict[str, Tensor]:
+    """The gradients of the weighted VSE and DID at X^e (B, S, D), on the way of which only their heads lie."""
+    weighted = {"vse": weights.vse_weight, "did": weights.did_weight}
+    return {name: torch.autograd.grad(weighted[name] * terms[name], visual_tokens, retain_graph=True)[0]
+            for name in terms if name in weighted}
+
+
+def advice(log_file, config: Config, last: int = 50) -> list[str]:
+    """What the last steps of log.jsonl say of terms that do not do their work: one line each, for a person.
+
+    It reads through the open file: opening it again would give its lock away.
+    """
+    log_file.seek(0)
+    lines = [json.loads(line) for line in log_file]
+    lines = [line for line in lines if "did" in line][-last:]
+    if not lines:
+        return []
+
+    def mean(key: str) -> float:
+        return sum(line.get(key, 0) for line in lines) / len(lines)
+    found, chance = [], math.log(config.train.batch_size)
+    if mean("did") > 0.98 * chance:
+        found.append(f"DID is {mean('did'):.3f} over the last {len(lines)} steps, and chance is {chance:.3f}: the encoder "
+                     f"has learned nothing of the reports (a pretrained one? another train.lr?)")
+    if mean("pull_vse") > 10 * mean("pull_did"):
+        found.append(f"VSE pulls the encoder {mean('pull_vse') / mean('pull_did'):.0f} times as hard as DID over the last "
+                     f"{len(lines)} steps; a higher loss.vse_temperature weakens it (A3)")
+    return found
 
 
 def header(model: VDGen, config: Config) -> dict:
@@ -175,6 +221,7 @@ def train(config: Config, resume: bool = False) -> dict | None:
     if checkpoint:
         model.load_trained_state(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # it may have been changed
         step, best, validated = checkpoint["step"], checkpoint["best"], checkpoint["validated"]
     folder.mkdir(parents=True, exist_ok=True)
     log_file = open_log(folder / "log.jsonl", step, validated)
@@ -183,6 +230,8 @@ def train(config: Config, resume: bool = False) -> dict | None:
     about = header(model, config)
     if not step:
         log_file.write(json.dumps(about) + "\n")
+    elif checkpoint["changed"]:
+        log_file.write(json.dumps({"step": step, "changed": checkpoint["changed"]}) + "\n")
     teacher = teacher_embeddings(model, [study.report for study in splits["train"]], folder / "teacher.pt") \
         if weights.did_weight else None
     print(f"{folder}: {len(dataset)} training studies, {steps} steps of batch {settings.batch_size}, lr {settings.lr} to "
@@ -238,30 +287,42 @@ def train(config: Config, resume: bool = False) -> dict | None:
         for batch in loader:
             images = batch["images"].to(device, non_blocking=True)
             report_ids = batch["report_ids"].to(device, non_blocking=True)
-            y = torch.stack([teacher[text] for text in batch["reports"]]).to(device) if teacher else None
+            y = teacher(batch["indices"]).to(device) if teacher else None
             with model.autocast():
-                terms = parallel(images, batch["view_counts"], report_ids, batch["report_lengths"], y)
+                terms, visual_tokens, did_top1 = parallel(
+                    images, batch["view_counts"], report_ids, batch["report_lengths"], y)
             # Eq. 8. With A1's reading of Eq. 3 the VSE term is negative, and so may the total be (A2).
-            loss = (terms["report"] + weights.vse_weight * terms.get("vse", 0) + weights.did_weight * terms.get("did", 0))
-            shown = torch.stack([*terms.values(), loss, loss.new_tensor(len(stop))]).detach() / world
-            if world > 1:
-                torch.distributed.all_reduce(shown)  # the means over the ranks; and whether any was told to stop
-            *values, stopped = shown.tolist()
-            values = dict(zip([*terms, "total"], values))
-            if not all(map(math.isfinite, values.values())):
-                name = next(name for name, value in values.items() if not math.isfinite(value))
-                if step:
-                    save("last.pt")
-                raise ValueError(f"step {step + 1}: the {name} loss is {values[name]}; try a lower train.lr"
-                                 + (f"; {folder / 'last.pt'} holds the step before" if step else ""))
+            loss = (weights.report_weight * terms["report"] + weights.vse_weight * terms.get("vse", 0)
+                    + weights.did_weight * terms.get("did", 0))
+            visual_tokens.retain_grad()
+            pull = pulls(terms, weights, visual_tokens)
             loss.backward()
+            pull = {"report": visual_tokens.grad - sum(pull.values())} | pull  # what is left of the total is the report's
             gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+
+            measured = {**terms, "total": loss, "gradient": gradient_norm}
+            measured |= {f"pull_{name}": gradient.square().sum() / world for name, gradient in pull.items()}
+            measured |= {"did_top1": did_top1} if teacher else {}
+            measured["stop"] = torch.full_like(loss, len(stop))
+            values = torch.stack(list(measured.values())).detach() / world
+            if world > 1:
+                torch.distributed.all_reduce(values)  # the means over the ranks; and whether any was told to stop
+            values = dict(zip(measured, values.tolist()))  # the one time that a step waits for the device
+            stopped = values.pop("stop")
+            bad = [name for name, value in values.items() if not math.isfinite(value)]
+            if bad:  # nothing has changed yet: no weight, no file
+                what = "gradient" if bad[0].startswith(("gradient", "pull")) else f"{bad[0]} loss"
+                raise ValueError(f"step {step + 1}: the {what} is {values[bad[0]]}; try a lower train.lr"
+                                 + (f" with --resume: {folder / 'last.pt'} holds a step before it"
+                                    if (folder / "last.pt").exists() else ""))
             lr = optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, settings)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)  # now: no gradient stands beside the activations of the next forward
             step += 1
 
-            line = {"step": step, "epoch": epoch + 1, **values, "lr": lr, "gradient_norm": gradient_norm.item()}
+            values |= {f"pull_{name}": math.sqrt(values[f"pull_{name}"]) for name in pull}
+            line = {"step": step, "epoch": epoch + 1, **values, "lr": lr}
+            line["gradient_norm"] = line.pop("gradient")
             seconds, started = time.perf_counter() - started, time.perf_counter()
             tokens = sum(batch["report_lengths"])
             flop = flops["image"] * len(images) + flops["report_token"] * tokens
@@ -273,6 +334,9 @@ def train(config: Config, resume: bool = False) -> dict | None:
             if peak:
                 line["share_of_peak"] = tflop / seconds / (world * peak)
             log_file.write(json.dumps(line) + "\n")
+            if step == 200 and not rank:
+                for text in advice(log_file, config):
+                    tqdm.write(f"note: {text}")
             bar.update()
             speed = {"studies/s": f"{line['studies_per_second']:.1f}", "TFLOP/s": f"{line['tflops_per_second']:.2f}"}
             if peak:

@@ -57,7 +57,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Loss:
-    temperature: float = above_zero(0.07)   # of VSE and DID (A3)
+    vse_temperature: float = above_zero(1.0)   # tau of Eq. 3 (A3)
+    did_temperature: float = above_zero(0.07)  # tau of Eq. 6 (A3)
+    report_weight: float = above_zero(1.0)  # Eq. 8; A10: the tokens of a report would give Eq. 2's sum
     vse_weight: float = at_least(0, 1.0)    # Eq. 8; 0 is "w/o VSE" of Table 2
     did_weight: float = at_least(0, 1.0)    # Eq. 8; 0 is "w/o DID" of Table 2
     vse_self_in_denominator: bool = False   # A1
@@ -193,6 +195,9 @@ def _build(cls, tree, prefix: str, source: str):
         raise ValueError(f"{source}: {prefix[:-1]}: got {_show(tree)}, expected keys: {', '.join(_names(cls))}")
     for key in tree:
         if key not in _names(cls):
+            if f"{prefix}{key}" == "loss.temperature":
+                raise ValueError(f"{source}: loss.temperature: written by an older version, whose settings did not "
+                                 "train (A3); expected loss.vse_temperature and loss.did_temperature in its place")
             known = list(_all_keys(Config))
             near = [name for name in known if name.split(".")[-1] == key]
             near = near or difflib.get_close_matches(f"{prefix}{key}", known, 1, cutoff=0)

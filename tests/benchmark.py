@@ -71,8 +71,8 @@ def textbook_terms(model: VDGen, images: torch.Tensor, view_counts: list[int], r
         y = (hidden * teacher_kept[..., None]).sum(dim=1) / teacher_kept.sum(dim=1, keepdim=True)
     with torch.autocast(model.device.type, enabled=False):
         visual_embed = visual_tokens.mean(dim=1)
-        terms["vse"] = vse_loss(model.vse_head(visual_embed), config.loss.temperature, config.loss.vse_self_in_denominator)
-        terms["did"] = did_loss(visual_embed, model.did_head(y), config.loss.temperature)
+        terms["vse"] = vse_loss(model.vse_head(visual_embed), config.loss.vse_temperature, config.loss.vse_self_in_denominator)
+        terms["did"] = did_loss(visual_embed, model.did_head(y), config.loss.did_temperature)
     return terms
 
 
@@ -105,8 +105,8 @@ class Work:
         with self.model.autocast():
             if textbook:
                 return textbook_terms(self.model, batch["images"], batch["view_counts"], batch["reports"], self.limit)
-            y = torch.stack([self.teacher[text] for text in batch["reports"]])
-            return self.model(batch["images"], batch["view_counts"], batch["report_ids"], batch["report_lengths"], y)
+            y = torch.stack([self.teacher[text] for text in batch["reports"]]).float()
+            return self.model(batch["images"], batch["view_counts"], batch["report_ids"], batch["report_lengths"], y)[0]
 
     def step(self, textbook: bool) -> dict[str, float]:
         """Seconds of the forward, the backward and the optimizer."""

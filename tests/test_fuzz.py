@@ -64,7 +64,7 @@ def test_cleaning_twice_is_not_cleaning_once():
     assert once == "lungs are clear . no effusion ." and clean_iu_xray(once) == "lungs are clear . no effusion  ."
 
 
-SECTIONS = {"model": ["vision", "llm", "teacher", "lora", "vse_expansion"], "loss": ["temperature", "vse_weight", "did_weight"],
+SECTIONS = {"model": ["vision", "llm", "teacher", "lora", "vse_expansion"], "loss": ["vse_temperature", "did_temperature", "vse_weight", "did_weight"],
             "data": ["root", "dataset", "limit", "max_report_tokens"], "train": ["lr", "epochs", "batch_size", "precision", "seed"],
             "generate": ["num_beams", "min_new_tokens", "max_new_tokens"], "other": ["x"]}
 configs = st.fixed_dictionaries({}, optional={name: st.dictionaries(st.sampled_from(keys) | st.text(max_size=8), values, max_size=5) | values

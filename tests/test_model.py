@@ -32,7 +32,7 @@ def test_report_term_equals_the_textbook_computation(make_model, monkeypatch):
     model = make_model("model.lora.dropout=0").eval()
     shake_lora(model)
     batch = make_batch(model)
-    ours = model(**batch)["report"]
+    ours = model(**batch)[0]["report"]
     ours.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -56,12 +56,12 @@ def test_padding_changes_nothing(make_model):
     """Neither the id of the padding nor more of it; an end token inside the padding is no target (A9)."""
     model = make_model().eval()
     batch = make_batch(model)
-    terms = model(**batch)
+    terms, *_ = model(**batch)
     for pad in (model.eos_id, 7):
         padded = torch.full((4, batch["report_ids"].shape[1] + 5), pad)
         for row, (ids, length) in enumerate(zip(batch["report_ids"], batch["report_lengths"])):
             padded[row, :length] = ids[:length]
-        again = model(**{**batch, "report_ids": padded})
+        again, *_ = model(**{**batch, "report_ids": padded})
         for name in terms:
             assert again[name].item() == pytest.approx(terms[name].item(), abs=1e-6), name
 
@@ -129,7 +129,7 @@ def test_base_stays_bit_for_bit_and_the_rest_trains(make_model, precision):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
         with model.autocast():
-            loss = sum(model(**make_batch(model)).values())
+            loss = sum(model(**make_batch(model))[0].values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,15 +155,15 @@ def reached(model, term):
 def test_gradient_of_each_term_ends_where_the_paper_says(make_model):
     model = make_model().train()
     batch = make_batch(model)
-    assert reached(model, model(**batch)["did"]) == {"vision", "norm", "did_head"}    # not the teacher, not the LLM
-    assert reached(model, model(**batch)["vse"]) == {"vision", "norm", "vse_head"}
-    assert reached(model, model(**batch)["report"]) == {"vision", "norm", "visual_projection", "lora"}
+    assert reached(model, model(**batch)[0]["did"]) == {"vision", "norm", "did_head"}    # not the teacher, not the LLM
+    assert reached(model, model(**batch)[0]["vse"]) == {"vision", "norm", "vse_head"}
+    assert reached(model, model(**batch)[0]["report"]) == {"vision", "norm", "visual_projection", "lora"}
 
 
 def test_ablations_build_nothing_that_they_do_not_use(make_model):
     """Table 2: a head of weight 0 is not built; without LoRA nothing of the LLM trains (A18)."""
     model = make_model("loss.vse_weight=0", "loss.did_weight=0", "model.lora=null")
-    terms = model(**{**make_batch(model), "teacher_embed": None})
+    terms, *_ = model(**{**make_batch(model), "teacher_embed": None})
     assert terms.keys() == {"report"} and model.vse_head is None and model.did_head is None
     assert not any(p.requires_grad for p in model.llm.parameters())
     terms["report"].backward()
@@ -175,7 +175,7 @@ def test_ablations_build_nothing_that_they_do_not_use(make_model):
 def test_vse_reading_of_a1_is_a_switch(make_model):
     plain, ours = (make_model(f"loss.vse_self_in_denominator={flag}").eval() for flag in ("true", "false"))
     batch = make_batch(ours)
-    assert plain(**batch)["vse"].item() > ours(**batch)["vse"].item() + 0.1  # one more term in each denominator
+    assert plain(**batch)[0]["vse"].item() > ours(**batch)[0]["vse"].item() + 0.1  # one more term in each denominator
 
 
 def test_teacher_is_the_llm_without_lora_on_the_report_alone(make_model):
@@ -255,7 +255,7 @@ def test_flop_counts_are_those_of_a_step(make_model):
     batch = make_batch(model) | dict(report_ids=torch.randint(4, 20, (4, 51)), report_lengths=[51] * 4)
     counts = flop_counts(model)
     with FlopCounterMode(display=False) as counter:
-        model(**batch)["report"].backward()
+        model(**batch)[0]["report"].backward()
     tokens = sum(batch["report_lengths"])
     assert counts["prompt"] == model.embed_prompt(torch.zeros(1, 16, 32)).shape[1]
     predicted = counts["image"] * 7 + counts["token"] * (4 * (counts["prompt"] - 1) + tokens) + counts["report_token"] * tokens
@@ -272,7 +272,7 @@ def test_recomputation_changes_nothing(make_model):
         batch, sizes = make_batch(model), {}
         torch.manual_seed(5)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
-            terms = model(**batch)
+            terms, *_ = model(**batch)
         sum(terms.values()).backward()
         kept.append(sum(sizes.values()))
         results.append([*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -328,7 +328,7 @@ def test_trained_state_is_complete_and_strict(make_model, tmp_path):
     torch.save(dict(model=state, config=model.config.to_dict()), tmp_path / "best.pt")
     other.load_trained_state(read_checkpoint(tmp_path / "best.pt")["model"])
     batch = make_batch(model)
-    assert {k: v.item() for k, v in model.eval()(**batch).items()} == {k: v.item() for k, v in other.eval()(**batch).items()}
+    assert {k: v.item() for k, v in model.eval()(**batch)[0].items()} == {k: v.item() for k, v in other.eval()(**batch)[0].items()}
     name = next(iter(state))
     for broken in ({k: v for k, v in state.items() if k != name}, state | {"extra": state[name]}, state | {name: torch.zeros(3, 1)}):
         with pytest.raises(ValueError, match="missing, unexpected or of another shape"):

@@ -214,7 +214,7 @@ def test_two_ranks_equal_one_process(config_file, still_backbones, data_root, tm
     tree["train"] = [study | {"id": f"{study['id']}_{i}"} for i in range(4) for study in tree["train"]]
     (tmp_path / "data/annotation.json").write_text(json.dumps(tree))
     settings = (f"model.vision={still_backbones}", f"data.root={tmp_path / 'data'}", "model.lora.dropout=0", "train.batch_size=16", "train.epochs=4",
-                "train.max_steps=10", "train.lr=1.0e-3", "loss.temperature=0.5", "loss.vse_weight=0.5")
+                "train.max_steps=10", "train.lr=1.0e-3", "loss.vse_temperature=0.5", "loss.did_temperature=0.5", "loss.vse_weight=0.5")
     for name, ranks in (("one", 1), ("two", 2)):
         done = run(config_file(name, *settings), ranks=ranks)
         assert done.returncode == 0, done.stderr

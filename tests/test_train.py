@@ -125,8 +125,8 @@ def test_nothing_is_overwritten_silently(make_config, capsys):
     train(make_config("train.max_steps=1"))
     with pytest.raises(ValueError, match="add --resume"):
         train(make_config("train.max_steps=1"))
-    with pytest.raises(ValueError, match="train.lr was 0.0001, is 0.01"):
-        train(make_config("train.max_steps=1", "train.lr=0.01"), resume=True)
+    with pytest.raises(ValueError, match="train.seed was 42, is 43"):
+        train(make_config("train.max_steps=1", "train.seed=43"), resume=True)
     train(make_config("train.max_steps=1", "train.save_every_steps=7"), resume=True)  # free to change
 
 
