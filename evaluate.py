@@ -442,7 +442,7 @@ def curves(log: Path, points: int = 300) -> tuple[dict | None, dict[str, list]]:
     steps, found = [line for line in lines if "val" not in line], {}
     size = math.ceil(len(steps) / points)
     for i in range(0, len(steps), size or 1):
-        for key in ("report", "vse", "did", "gradient_norm"):
+        for key in ("report", "vse", "did", "did_top1", "pull_report", "pull_vse", "pull_did", "gradient_norm"):
             values = [line[key] for line in steps[i:i + size] if math.isfinite(line.get(key, math.nan))]
             if values:
                 found.setdefault(key, []).append([steps[i:i + size][-1]["step"], float(np.mean(values))])

@@ -294,8 +294,8 @@ def train(config: Config, resume: bool = False) -> dict | None:
             # Eq. 8. With A1's reading of Eq. 3 the VSE term is negative, and so may the total be (A2).
             loss = (weights.report_weight * terms["report"] + weights.vse_weight * terms.get("vse", 0)
                     + weights.did_weight * terms.get("did", 0))
-            visual_tokens.retain_grad()
             pull = pulls(terms, weights, visual_tokens)
+            visual_tokens.retain_grad()
             loss.backward()
             pull = {"report": visual_tokens.grad - sum(pull.values())} | pull  # what is left of the total is the report's
             gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)

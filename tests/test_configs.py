@@ -36,6 +36,15 @@ def test_paper_settings():
     assert least.to_dict() == defaults  # the defaults of the schema are the paper's settings
 
 
+def test_eq8_is_the_same_in_every_config():
+    """Weights 1, and one temperature for each loss (A3)."""
+    sections = [load_config(path).to_dict()["loss"] for path in FILES]
+    assert len(sections) == 4 and all(section == sections[0] for section in sections)
+    weights = {key: value for key, value in sections[0].items() if key.endswith("weight")}
+    assert weights == {"report_weight": 1.0, "vse_weight": 1.0, "did_weight": 1.0}
+    assert (sections[0]["vse_temperature"], sections[0]["did_temperature"]) == (1.0, 0.07)
+
+
 def test_config_survives_being_written(tmp_path):
     config = load_config("configs/iu_xray.yaml", ["model.lora=null", "train.lr=3.0e-4", "data.limit=7", "model.teacher=x"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
@@ -55,6 +64,7 @@ def test_override_reaches_into_sections():
     ("trian.lr=1.0", "trian: unknown key; the nearest known key is train"),
     ("train.lr=1e-4", r"train.lr: got '1e-4' \(str\), expected float \(YAML reads 1e-4 as text: write 1.0e-4\)"),
     ("train.lr=0", "train.lr: got 0.0, expected above 0"),
+    ("loss.temperature=0.07", "loss.temperature: .* expected loss.vse_temperature and loss.did_temperature"),
     ("train.lr=.inf", "train.lr: got inf"),
     ("loss.vse_weight=.nan", "loss.vse_weight: got nan"),
     ("train.batch_size=2.5", r"train.batch_size: got 2.5 \(float\), expected int"),

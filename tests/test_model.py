@@ -1,4 +1,6 @@
 """The model: what reaches which loss, what trains and what stays, and the sizes of the paper."""
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -6,7 +8,8 @@ from transformers import LlamaForCausalLM
 
 from configs import PROMPT, Generate
 from conftest import REPORTS, library_search, paper_model
-from model import beam_search, embed_reports, flop_counts, grouped_attention, read_checkpoint
+from losses import did_loss, vse_loss
+from model import Teacher, beam_search, embed_reports, flop_counts, grouped_attention, read_checkpoint
 
 
 def make_batch(model, reports=REPORTS[:4], views=(2, 1, 3, 1), seed=0):
@@ -192,6 +195,62 @@ def test_teacher_is_the_llm_without_lora_on_the_report_alone(make_model):
         assert not embedding.requires_grad
     in_another_order = embed_reports(model, REPORTS[::-1])
     assert all(torch.equal(in_another_order[text], embeddings[text]) for text in REPORTS)
+
+
+def test_each_loss_has_its_temperature_and_its_embeddings(make_model):
+    """A3; and h and z are what Sec. 3.2 says: the mean over S of the visual tokens, and W1 h + b."""
+    model = make_model("loss.vse_temperature=0.5", "loss.did_temperature=0.2").eval()
+    batch = make_batch(model)
+    terms, visual_tokens, did_top1 = model(**batch)
+    h = torch.stack([row.sum(dim=0) / len(row) for row in visual_tokens])
+    z = h @ model.vse_head.weight.T + model.vse_head.bias
+    text = batch["teacher_embed"] @ model.did_head.weight.T + model.did_head.bias
+    assert terms["vse"].item() == pytest.approx(vse_loss(z, 0.5).item(), abs=1e-5)
+    assert terms["did"].item() == pytest.approx(did_loss(h, text, 0.2).item(), abs=1e-5)
+    cosine = torch.nn.functional.cosine_similarity(h[:, None], text[None], dim=2)
+    nearest = [max(range(4), key=lambda j: cosine[i, j].item()) for i in range(4)]
+    assert did_top1.item() == sum(i == j for i, j in enumerate(nearest)) / 4
+
+
+def test_teacher_is_standardised_over_the_studies():
+    """A5: a report counts as often as it occurs; a dimension that does not vary stays finite."""
+    embeddings = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    embeddings[:, 2] = 4.0
+    rows = torch.tensor([0, 2, 2, 1, 2, 0])
+    teacher = Teacher(embeddings, rows)
+    y = teacher([3, 0, 5])
+    assert y.dtype == torch.float32 and torch.equal(y[1], y[2])
+    for d in range(5):
+        values = [embeddings[row, d].item() for row in rows]
+        mean = sum(values) / 6
+        deviation = (sum((v - mean) ** 2 for v in values) / 6) ** 0.5
+        for value, study in zip(y[:, d].tolist(), (3, 0, 5)):
+            expected = (values[study] - mean) / deviation if d != 2 else 0
+            assert value == pytest.approx(expected, abs=1e-5)
+    assert teacher.standardise(embeddings.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["EfficientNet", "ResNet"])
+def test_an_encoder_whose_output_is_a_map(make_model, tmp_path, kind):
+    """Sec. 3.1: its h w places are the tokens, row by row; no name in its config gives S or D."""
+    import transformers
+    sizes = dict(EfficientNet=dict(image_size=64, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128),
+                 ResNet=dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"))[kind]
+    torch.manual_seed(0)
+    vision = getattr(transformers, kind + "Model")(getattr(transformers, kind + "Config")(**sizes))
+    vision.save_pretrained(tmp_path / "vision")
+    shape = dict(image_processor_type="ViTImageProcessor", size=64, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    (tmp_path / "vision/preprocessor_config.json").write_text(json.dumps(shape))
+    model = make_model(f"model.vision={tmp_path / 'vision'}").eval()
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    maps = vision.eval()((images / 255 - 0.5) / 0.25).last_hidden_state
+    N, D, h, w = maps.shape
+    tokens = model.encode(images, [1, 2])
+    assert tokens.shape == (2, h * w, D) and h > 1
+    place = torch.nn.functional.layer_norm(maps[0, :, 1, 0], (D,))
+    torch.testing.assert_close(tokens[0, w], place, atol=1e-4, rtol=1e-3)
+    batch = make_batch(model) | dict(images=torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8))
+    assert reached(model.train(), model(**batch)[0]["did"]) == {"vision", "norm", "did_head"}
 
 
 def test_another_encoder_can_be_the_teacher(make_model, tmp_path):

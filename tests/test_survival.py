@@ -222,7 +222,7 @@ def test_two_ranks_equal_one_process(config_file, still_backbones, data_root, tm
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert len(one) == len(two) == 14  # ten steps, four validations
     for ours, theirs in zip(one, two):
-        for key in ("report", "vse", "did", "total", "gradient_norm"):
+        for key in ("report", "vse", "did", "total", "gradient_norm", "pull_report", "pull_vse", "pull_did", "did_top1"):
             if key in ours:
                 assert theirs[key] == pytest.approx(ours[key], abs=1e-5, rel=1e-5), (key, ours["step"])
     a, b = (read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))

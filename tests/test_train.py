@@ -164,6 +164,99 @@ def test_non_finite_loss_names_step_and_term(make_config, monkeypatch):
         train(make_config())
 
 
+def tree_equal(a, b):
+    leaves = [torch.utils._pytree.tree_leaves(tree) for tree in (a, b)]
+    return len(leaves[0]) == len(leaves[1]) and all(
+        torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*leaves))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(make_config, tmp_path, monkeypatch):
+    """A finite loss whose gradient is not: no weight moves, no file is written, and the good last.pt stays."""
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(context, rows):
+            return rows.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * math.inf
+    config = make_config("train.save_every_steps=1")
+    steps = []
+    plain = training.cosine_lr
+    monkeypatch.setattr(training, "cosine_lr", lambda *a: steps.append(a[0]) or plain(*a))
+    def did(image, text, temperature, exact=__import__("losses").did_loss):
+        return exact(Steep.apply(image) if len(steps) == 2 else image, text, temperature)
+    monkeypatch.setattr("model.did_loss", did)
+    with pytest.raises(ValueError, match=r"step 3: the gradient is (nan|inf).*--resume: .*last.pt holds a step before"):
+        train(config)
+    stopped = read_checkpoint(tmp_path / "run/last.pt")
+    assert stopped["step"] == 2 and all(value.isfinite().all() for value in stopped["model"].values())
+    monkeypatch.undo()
+    train(at(config, tmp_path / "whole"))
+    train(config, resume=True)
+    whole, resumed = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "run"))
+    assert all(tree_equal(whole[key], resumed[key]) for key in ("model", "optimizer", "random"))
+
+
+def test_the_log_says_which_term_moves_the_encoder(make_config, make_model, tmp_path, monkeypatch):
+    """pull_*: the norm of each weighted term's gradient at X^e, of that term and no other; did_top1."""
+    config = make_config("train.max_steps=1", "loss.vse_weight=0.5", "loss.did_weight=3", "loss.report_weight=2",
+                         "model.lora.dropout=0")
+    expected = {}
+    forward = training.VDGen.forward
+
+    def watched(model, *args):
+        terms, visual_tokens, did_top1 = forward(model, *args)
+        for name, weight in (("report", 2), ("vse", 0.5), ("did", 3)):
+            gradient, = torch.autograd.grad(terms[name], visual_tokens, retain_graph=True)
+            expected[f"pull_{name}"] = weight * gradient.norm().item()
+        expected["did_top1"] = did_top1.item()
+        return terms, visual_tokens, did_top1
+    monkeypatch.setattr(training.VDGen, "forward", watched)
+    train(config)
+    line = steps_of(tmp_path / "run")[0]
+    assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    assert len({round(value, 6) for value in expected.values()}) == 4  # else the test would say little
+
+
+def test_a_term_that_does_not_do_its_work_is_named(make_config, tmp_path):
+    config = make_config("train.batch_size=12")
+
+    def advice_of(did, pull_vse, pull_did):
+        with (tmp_path / "log.jsonl").open("w+") as file:
+            lines = [{"arguments": {}}] + [{"step": i, "did": 9.0} for i in range(150)]
+            lines += [dict(step=i, did=did, pull_vse=pull_vse, pull_did=pull_did) for i in range(50)]
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            return training.advice(file, config)
+    assert advice_of(2.2, 1.0, 0.2) == []
+    assert "chance is 2.485" in advice_of(2.47, 1.0, 0.2)[0]
+    assert "VSE pulls the encoder 11 times as hard as DID" in advice_of(2.2, 1.1, 0.1)[0]
+
+
+def test_resume_with_what_helps_after_trouble(make_config, tmp_path, capsys):
+    """The advice of a stop can be followed; what would be another experiment is refused."""
+    train(make_config("train.max_steps=2"))
+    changes = ["train.lr=0.01", "train.weight_decay=0.5", "train.max_steps=3"]
+    train(make_config(*changes), resume=True)
+    assert "train.lr was 0.0001, is 0.01 from step 3 on" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {"step": 2, "changed": {"train.lr": 0.01, "train.max_steps": 3, "train.weight_decay": 0.5}} in lines
+    last = read_checkpoint(tmp_path / "run/last.pt")
+    assert last["step"] == 3 and last["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    with pytest.raises(ValueError, match="train.max_steps was 3, is 2"):
+        train(make_config(*changes[:2], "train.max_steps=2"), resume=True)
+
+
+def test_a_checkpoint_of_the_old_temperature_is_one_line(make_config, tmp_path):
+    config = make_config("train.max_steps=1")
+    train(config)
+    last = read_checkpoint(tmp_path / "run/last.pt")
+    last["config"]["loss"] = {"temperature": 0.07}
+    torch.save(last, tmp_path / "run/last.pt")
+    with pytest.raises(ValueError, match="last.pt: loss.temperature: .* expected loss.vse_temperature"):
+        train(config, resume=True)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fault_in_the_loader_is_one_line(make_config, data_root, tmp_path, monkeypatch, workers):
     """A worker's as the main process's."""
