@@ -1,9 +1,10 @@
-"""Train VDGen with a hand-written loop (Sec. 3.4, Eq. 8; settings: Sec. 4.1.2 and A13), then score the test split.
+"""Train VDGen with a hand-written loop (Sec. 3.4, Eq. 8; settings: Sec. 4.1.2 and A13), then score.
 
     python train.py --config configs/iu_xray.yaml [--resume] [--set section.key=value ...]
-    torchrun --nproc_per_node 8 train.py --config configs/mimic_cxr.yaml     # the same batch, losses and files, by 8 GPUs
+    torchrun --nproc_per_node 8 train.py --config configs/mimic_cxr.yaml     # one batch, by 8 GPUs
 
-A run lives in runs/<config name>/: config.yaml, log.jsonl, teacher.pt (A5), last.pt (everything to resume), best.pt.
+A run lives in runs/<config name>/: config.yaml, log.jsonl, teacher.pt (A5), last.pt (everything to
+resume), best.pt. The loop is `train`; what it calls stands above it, in the order of its calls.
 """
 import argparse
 import fcntl
@@ -15,42 +16,46 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TextIO
 
 import peft
 import torch
 import torch.distributed
 import transformers
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import configs
 from configs import Config, load_config, parse_config
-from data import (ReportDataset, build_demo_if_missing, collate, end_in_one_line, epoch_batches, read_studies,
-                  require_images)
+from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
+                  epoch_batches, read_studies, require_images)
 from evaluate import evaluate, score, write_reports
-from model import Teacher, VDGen, embed_reports, flop_counts, join_ranks, load_model, ranks, read_checkpoint
+from model import (Teacher, VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint)
 
-# What --resume lets a person change: where and how a run is computed, and what helps after trouble. The rest makes
-# another experiment.
-FREE_TO_CHANGE = {"data.root", "data.num_workers", "data.cache_images", "train.output", "train.save_every_steps",
-                  "train.eval_batch_size", "train.recompute", "train.lr", "train.min_lr", "train.clip_norm",
-                  "train.weight_decay"}
+# What --resume lets a person change: where and how a run is computed, and what helps after trouble.
+# The rest makes another experiment.
+FREE_TO_CHANGE = {
+    "data.root", "data.num_workers", "data.cache_images", "train.output", "train.save_every_steps",
+    "train.eval_batch_size", "train.recompute",
+    "train.lr", "train.min_lr", "train.clip_norm", "train.weight_decay"}
 FREE_TO_RAISE = {"train.epochs", "train.max_steps"}
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165,
-               "RTX 3090": 71}  # NVIDIA's data sheets: bf16 tensor cores, dense
+ADVICE_STEP, ADVICE_LAST = 200, 50  # when the terms are looked at, and how many steps then count
 
 
 def cosine_lr(step: int, steps: int, train: configs.Train) -> float:
-    """A13: the learning rate of a step (from 0), falling from `train.lr` to `train.min_lr` along half a cosine."""
+    """A13: the learning rate of a step (from 0), half a cosine from `lr` down to `min_lr`."""
     return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def write_atomically(path: Path, content: dict) -> None:
-    """A checkpoint under a temporary name, then renamed: a stop while writing leaves the previous one whole."""
+    """A checkpoint under another name, then renamed: a stop meanwhile leaves the old one whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -60,330 +65,22 @@ def write_atomically(path: Path, content: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as either
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[:200]}); the one before it is whole") from None
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"cannot write {path} ({reason}); the one before it is whole") from None
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak so far: of allocated GPU memory, or of the process on a CPU."""
+def write_line(log: TextIO, line: dict) -> None:
+    """One JSON object of log.jsonl; a number that is not finite would be no JSON."""
+    log.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def peak_memory_gb(device: torch.device) -> dict[str, float]:
+    """Peaks so far: of the process; on a GPU, of its memory that was allocated and was reserved."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> Teacher:
-    """A5: y of each training study, in their order.
-
-    What the teacher says of the different reports is read from `path` if it holds just these by this teacher, else
-    computed and kept there.
-    """
-    names, texts = model.config.model, sorted(set(reports))
-    key = {"teacher": names.teacher or names.llm, "precision": model.config.train.precision, "texts": texts}
-    rank, world = ranks()
-    if rank:
-        torch.distributed.barrier()  # the first rank computes them
-    kept = read_checkpoint(path, "the teacher", ("key", "embeddings")) if path.is_file() else {}
-    if kept.get("key") != key:
-        embeddings = embed_reports(model, reports)
-        kept = {"key": key, "embeddings": torch.stack([embeddings[text] for text in key["texts"]])}
-        write_atomically(path, kept)
-    if world > 1 and not rank:
-        torch.distributed.barrier()
-    row = {text: i for i, text in enumerate(texts)}
-    return Teacher(kept["embeddings"], torch.tensor([row[report] for report in reports]))
-
-
-def open_run(config: Config, resume: bool) -> tuple[Path, dict | None]:
-    """The run folder, and what its last.pt holds if the run goes on from it."""
-    folder = Path(config.train.output)
-    last = folder / "last.pt"
-    if last.exists() and not resume:
-        raise ValueError(f"{last} exists: add --resume to go on with that run, or --set train.output=FOLDER for another")
-    checkpoint = None
-    if resume and not last.exists():
-        print(f"--resume: there is no {last}; starting at step 0")
-    elif resume:
-        checkpoint = read_checkpoint(last, keys=("model", "config", "optimizer", "step", "best", "random", "validated"))
-        parse_config(checkpoint["config"], source=str(last))  # one line for what an older version wrote
-        before, now = _flat(checkpoint["config"]), _flat(config.to_dict())
-        changed = {k: (before.get(k), now.get(k)) for k in sorted(before.keys() | now.keys())
-                   if before.get(k) != now.get(k)}
-        fixed = [f"{k} was {old}, is {new}" for k, (old, new) in changed.items() if k not in FREE_TO_CHANGE
-                 and not (k in FREE_TO_RAISE and (new or math.inf) > (old or math.inf))]
-        if fixed:
-            raise ValueError(f"--resume: {last} was written with another config: {'; '.join(fixed)}. Use the same, or "
-                             f"another train.output")
-        checkpoint["changed"] = {k: new for k, (old, new) in changed.items()}
-        for k, (old, new) in changed.items():
-            print(f"--resume: {k} was {old}, is {new} from step {checkpoint['step'] + 1} on")
-    return folder, checkpoint
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def open_log(path: Path, step: int, validated: bool):
-    """log.jsonl, locked against a second run, and without what lies behind `step` (and its validation): that is run again."""
-    if ranks()[0]:
-        return open(os.devnull, "a")
-    file = path.open("a+", encoding="utf-8", buffering=1)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-    except OSError:
-        raise ValueError(f"{path.parent}: another process is training in this folder; wait for it, or use another "
-                         f"train.output") from None
-    file.seek(0)
-    kept = 0
-    while step and (text := file.readline()).endswith("\n"):  # a killed run may have left half a line
-        line = json.loads(text)
-        if line.get("step", 0) > step or line.get("step") == step and "val" in line and not validated:
-            break
-        kept += len(text.encode())
-    file.truncate(kept)
-    return file
-
-
-def pulls(terms: dict[str, Tensor], weights: configs.Loss, visual_tokens: Tensor) -> dict[str, Tensor]:
-    """The gradients of the weighted VSE and DID at X^e (B, S, D), on the way of which only their heads lie."""
-    weighted = {"vse": weights.vse_weight, "did": weights.did_weight}
-    return {name: torch.autograd.grad(weighted[name] * terms[name], visual_tokens, retain_graph=True)[0]
-            for name in terms if name in weighted}
-
-
-def advice(log_file, config: Config, last: int = 50) -> list[str]:
-    """What the last steps of log.jsonl say of terms that do not do their work: one line each, for a person.
-
-    It reads through the open file: opening it again would give its lock away.
-    """
-    log_file.seek(0)
-    lines = [json.loads(line) for line in log_file]
-    lines = [line for line in lines if "did" in line][-last:]
-    if not lines:
-        return []
-
-    def mean(key: str) -> float:
-        return sum(line.get(key, 0) for line in lines) / len(lines)
-    found, chance = [], math.log(config.train.batch_size)
-    if mean("did") > 0.98 * chance:
-        found.append(f"DID is {mean('did'):.3f} over the last {len(lines)} steps, and chance is {chance:.3f}: the encoder "
-                     f"has learned nothing of the reports (a pretrained one? another train.lr?)")
-    if mean("pull_vse") > 10 * mean("pull_did"):
-        found.append(f"VSE pulls the encoder {mean('pull_vse') / mean('pull_did'):.0f} times as hard as DID over the last "
-                     f"{len(lines)} steps; a higher loss.vse_temperature weakens it (A3)")
-    return found
-
-
-def header(model: VDGen, config: Config) -> dict:
-    """The first line of log.jsonl: what ran, with what, on what."""
-    def count(module, trained: bool | None = None) -> int:
-        return sum(p.numel() for p in module.parameters() if trained is None or p.requires_grad == trained)
-    device = model.device
-    return {"arguments": config.to_dict(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__, "peft": peft.__version__},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
-            f"CPU, {torch.get_num_threads()} threads",
-            "ranks": ranks()[1],
-            "parameters": {"trained": count(model, True), "frozen": count(model, False), "vision": count(model.vision),
-                           "lora": count(model.llm, True)}}
-
-
-def train(config: Config, resume: bool = False) -> dict | None:
-    """Run the whole of a config, or the rest of it; returns the metrics of the final evaluation.
-
-    SIGINT and SIGTERM end the step, save, and exit with the usual code (130, 143). Under torchrun each rank takes its part
-    of every batch, and losses, weights and files are those of one process.
-    """
-    settings, weights = config.train, config.loss
-    (rank, world), local = ranks(), int(os.environ.get("LOCAL_RANK", 0))
-    folder, checkpoint = open_run(config, resume)
-    build_demo_if_missing(config.data)
-    splits = read_studies(config.data)
-    if len(splits["train"]) < settings.batch_size:
-        raise ValueError(f"train.batch_size: {len(splits['train'])} training studies do not fill one batch of "
-                         f"{settings.batch_size} (A22); lower it, or raise data.limit")
-    if settings.batch_size % world:
-        raise ValueError(f"train.batch_size: {settings.batch_size} studies cannot be shared by {world} ranks equally")
-    require_images(splits, config.data)
-    torch.manual_seed(settings.seed)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    model = load_model(config).to(device)
-    dataset = ReportDataset(splits["train"], config.data, model.image_size, model.tokenizer)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    epoch_steps = len(dataset) // settings.batch_size
-    steps = min(settings.max_steps or math.inf, settings.epochs * epoch_steps)
-    step, best, best_written, validated = 0, -math.inf, None, True
-    if checkpoint:
-        model.load_trained_state(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # it may have been changed
-        step, best, validated = checkpoint["step"], checkpoint["best"], checkpoint["validated"]
-    folder.mkdir(parents=True, exist_ok=True)
-    log_file = open_log(folder / "log.jsonl", step, validated)
-    if not rank:
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-    about = header(model, config)
-    if not step:
-        log_file.write(json.dumps(about) + "\n")
-    elif checkpoint["changed"]:
-        log_file.write(json.dumps({"step": step, "changed": checkpoint["changed"]}) + "\n")
-    teacher = teacher_embeddings(model, [study.report for study in splits["train"]], folder / "teacher.pt") \
-        if weights.did_weight else None
-    print(f"{folder}: {len(dataset)} training studies, {steps} steps of batch {settings.batch_size}, lr {settings.lr} to "
-          f"{settings.min_lr}, on {about['device']}; parameters "
-          + ", ".join(f"{name} {value / 1e6:.2f} M" for name, value in about["parameters"].items()))
-    if rank:  # each rank drops out by its own random numbers
-        torch.manual_seed(settings.seed + rank)
-    if checkpoint:
-        set_random_state(checkpoint["random"][rank % len(checkpoint["random"])], device)
-    parallel = DistributedDataParallel(model, [local] if device.type == "cuda" else None, broadcast_buffers=False) \
-        if world > 1 else model
-
-    def save(name: str) -> None:
-        content = {"model": model.trained_state(), "config": config.to_dict(), "step": step, "best": best}
-        if name == "last.pt":
-            randoms = [random_state(device)] * world
-            if world > 1:
-                torch.distributed.all_gather_object(randoms, random_state(device))
-            content |= {"optimizer": optimizer.state_dict(), "random": randoms, "validated": validated}
-        if not rank:
-            write_atomically(folder / name, content)
-
-    def validate_and_save() -> None:
-        nonlocal best, best_written, validated
-        value, written = validate(model, splits, step, log_file)
-        validated = True
-        if value >= best:  # without a val split every value is 0: the last weights are the best known
-            best, best_written = value, written
-            save("best.pt")
-        save("last.pt")
-
-    stop, stepping = [], False
-
-    def on_signal(number: int, frame) -> None:
-        if not stepping:  # all is saved
-            sys.exit(128 + number)
-        stop.append(number)
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    model.train()
-    if not validated:
-        validate_and_save()
-    flops = flop_counts(model)
-    peak = next((value for name, value in PEAK_TFLOPS.items() if name in about["device"]), None)
-    bar = tqdm(total=steps, initial=step, desc="train", unit="step", mininterval=1)
-    share = settings.batch_size // world
-    while step < steps:
-        epoch, position = divmod(step, epoch_steps)
-        batches = epoch_batches(len(dataset), settings.batch_size, settings.seed, epoch)[position:steps - step + position]
-        loader = DataLoader(dataset, batch_sampler=[batch[rank * share:(rank + 1) * share] for batch in batches],
-                            num_workers=config.data.num_workers, collate_fn=collate, pin_memory=device.type == "cuda",
-                            generator=torch.Generator())
-        stepping, started = True, time.perf_counter()
-        for batch in loader:
-            images = batch["images"].to(device, non_blocking=True)
-            report_ids = batch["report_ids"].to(device, non_blocking=True)
-            y = teacher(batch["indices"]).to(device) if teacher else None
-            with model.autocast():
-                terms, visual_tokens, did_top1 = parallel(
-                    images, batch["view_counts"], report_ids, batch["report_lengths"], y)
-            # Eq. 8. With A1's reading of Eq. 3 the VSE term is negative, and so may the total be (A2).
-            loss = (weights.report_weight * terms["report"] + weights.vse_weight * terms.get("vse", 0)
-                    + weights.did_weight * terms.get("did", 0))
-            pull = pulls(terms, weights, visual_tokens)
-            visual_tokens.retain_grad()
-            loss.backward()
-            pull = {"report": visual_tokens.grad - sum(pull.values())} | pull  # what is left of the total is the report's
-            gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-
-            measured = {**terms, "total": loss, "gradient": gradient_norm}
-            measured |= {f"pull_{name}": gradient.square().sum() / world for name, gradient in pull.items()}
-            measured |= {"did_top1": did_top1} if teacher else {}
-            measured["stop"] = torch.full_like(loss, len(stop))
-            values = torch.stack(list(measured.values())).detach() / world
-            if world > 1:
-                torch.distributed.all_reduce(values)  # the means over the ranks; and whether any was told to stop
-            values = dict(zip(measured, values.tolist()))  # the one time that a step waits for the device
-            stopped = values.pop("stop")
-            bad = [name for name, value in values.items() if not math.isfinite(value)]
-            if bad:  # nothing has changed yet: no weight, no file
-                what = "gradient" if bad[0].startswith(("gradient", "pull")) else f"{bad[0]} loss"
-                raise ValueError(f"step {step + 1}: the {what} is {values[bad[0]]}; try a lower train.lr"
-                                 + (f" with --resume: {folder / 'last.pt'} holds a step before it"
-                                    if (folder / "last.pt").exists() else ""))
-            lr = optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, settings)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # now: no gradient stands beside the activations of the next forward
-            step += 1
-
-            values |= {f"pull_{name}": math.sqrt(values[f"pull_{name}"]) for name in pull}
-            line = {"step": step, "epoch": epoch + 1, **values, "lr": lr}
-            line["gradient_norm"] = line.pop("gradient")
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            tokens = sum(batch["report_lengths"])
-            flop = flops["image"] * len(images) + flops["report_token"] * tokens
-            flop += flops["token"] * (share * (flops["prompt"] - 1) + tokens)
-            tflop = world * flop / 1e12  # of the other ranks as of this one
-            line |= {"seconds": seconds, "studies_per_second": settings.batch_size / seconds,
-                     "report_tokens_per_second": world * tokens / seconds, "tflops_per_second": tflop / seconds,
-                     "peak_memory_gb": peak_memory_gb(device)}
-            if peak:
-                line["share_of_peak"] = tflop / seconds / (world * peak)
-            log_file.write(json.dumps(line) + "\n")
-            if step == 200 and not rank:
-                for text in advice(log_file, config):
-                    tqdm.write(f"note: {text}")
-            bar.update()
-            speed = {"studies/s": f"{line['studies_per_second']:.1f}", "TFLOP/s": f"{line['tflops_per_second']:.2f}"}
-            if peak:
-                speed["of peak"] = f"{line['share_of_peak']:.0%}"
-            bar.set_postfix({name: f"{line[name]:.3f}" for name in terms} | speed, refresh=False)
-
-            last_of_epoch = step % epoch_steps == 0 or step == steps
-            validated = not last_of_epoch
-            if stopped or last_of_epoch or settings.save_every_steps and step % settings.save_every_steps == 0:
-                save("last.pt")
-            if stopped:
-                print(f"stopped at step {step}; --resume goes on from {folder / 'last.pt'}")
-                sys.exit(128 + (stop or [signal.SIGTERM])[0])
-            if last_of_epoch:
-                stepping = False
-                validate_and_save()
-                started = time.perf_counter()
-    bar.close()
-    log_file.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-    split = next((name for name in ("test", "val") if splits[name]), None)
-    if split is None:
-        return print("the annotation has no val and no test studies: nothing to evaluate")
-    if world > 1:
-        torch.distributed.barrier()  # the first rank has written best.pt
-    model.load_trained_state(read_checkpoint(folder / "best.pt")["model"])
-    return evaluate(model.eval(), split, splits, folder, best_written if split == "val" else None)
-
-
-def validate(model: VDGen, splits: dict, step: int, log_file) -> tuple[float, tuple[dict, dict] | None]:
-    """Generate, score and log the val split.
-
-    Returns: (BLEU-4 + CIDEr) / 2, by which best.pt is chosen, and what `write_reports` returned.
-    """
-    if not splits["val"]:
-        return 0.0, None
-    started = time.perf_counter()
-    reports, _ = written = write_reports(model, splits["val"])
-    scores = score(reports, {study.id: study.report for study in splits["val"]}, meteor=False)
-    distinct = len(set(reports.values()))
-    line = {"step": step, "val": scores | {"distinct": distinct}, "seconds": time.perf_counter() - started}
-    log_file.write(json.dumps(line) + "\n")
-    print(f"\nstep {step}: val " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-          + f", {distinct} different reports of {len(reports)}, {line['seconds']:.0f} s")
-    return (scores["BLEU_4"] + scores["CIDEr"]) / 2, written
+        return {"peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+                "peak_reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -397,11 +94,469 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+# Opening a run ------------------------------------------------------------------------------------
+
+def open_run(config: Config, resume: bool) -> tuple[Path, dict | None]:
+    """The run folder, and what its last.pt holds if the run goes on from it.
+
+    `changed` in it: the settings that --resume has changed, by their dotted names.
+    """
+    folder = Path(config.train.output)
+    last = folder / "last.pt"
+    if last.exists() and not resume:
+        raise ValueError(f"{last} exists: add --resume to go on with that run, or "
+                         f"--set train.output=FOLDER for another")
+    if not resume:
+        return folder, None
+    if not last.exists():
+        print(f"--resume: there is no {last}; starting at step 0")
+        return folder, None
+    keys = ("model", "config", "optimizer", "step", "best", "random", "validated")
+    checkpoint = read_checkpoint(last, keys=keys)
+    parse_config(checkpoint["config"], source=str(last))  # one line for what an older version wrote
+    checkpoint["changed"] = {}
+    for key, old, new in _differences(checkpoint["config"], config.to_dict()):
+        raised = key in FREE_TO_RAISE and (new or math.inf) > (old or math.inf)
+        if key not in FREE_TO_CHANGE and not raised:
+            raise ValueError(f"--resume: {last} was written with another config: {key} was {old}, "
+                             f"is {new}. Use the same, or another train.output")
+        checkpoint["changed"][key] = new
+        print(f"--resume: {key} was {old}, is {new} from step {checkpoint['step'] + 1} on")
+    return folder, checkpoint
+
+
+def _differences(before: dict, now: dict, prefix: str = "") -> list[tuple]:
+    """(dotted name, value before, value now) of what differs in two trees of settings."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append((prefix + key, old, new))
+    return found
+
+
+def open_log(path: Path, step: int, validated: bool) -> TextIO:
+    """log.jsonl, locked against a second run, without what lies behind `step`: that runs again."""
+    if ranks()[0]:
+        return open(os.devnull, "a")
+    file = path.open("a+", encoding="utf-8", buffering=1)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+    except OSError:
+        raise ValueError(f"{path.parent}: another process is training in this folder; wait for it, "
+                         f"or use another train.output") from None
+    file.seek(0)
+    kept = 0
+    while step and (text := file.readline()).endswith("\n"):  # a killed run may leave half a line
+        line = json.loads(text)
+        at = line.get("step", 0)
+        if at > step or at == step and "val" in line and not validated:
+            break
+        kept += len(text.encode())
+    file.truncate(kept)
+    return file
+
+
+def header(model: VDGen, config: Config) -> dict:
+    """The first line of log.jsonl: what ran, with what, on what."""
+    def count(module: nn.Module, trained: bool | None = None) -> int:
+        return sum(p.numel() for p in module.parameters() if trained in (None, p.requires_grad))
+    on_gpu = model.device.type == "cuda"
+    return {"arguments": config.to_dict(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__, "peft": peft.__version__},
+            "device": torch.cuda.get_device_name(model.device) if on_gpu else
+            f"CPU, {torch.get_num_threads()} threads",
+            "ranks": ranks()[1],
+            "parameters": {"trained": count(model, True), "frozen": count(model, False),
+                           "vision": count(model.vision), "lora": count(model.llm, True)}}
+
+
+def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> Teacher:
+    """A5: y of each training study, in their order.
+
+    What the teacher says of the different reports is read from `path` if it holds just these by
+    this teacher, else computed and kept there.
+    """
+    names, texts = model.config.model, sorted(set(reports))
+    precision = model.config.train.precision
+    key = {"teacher": names.teacher or names.llm, "precision": precision, "texts": texts}
+    rank, world = ranks()
+    if rank:
+        torch.distributed.barrier()  # the first rank computes them
+    kept = read_checkpoint(path, "the teacher", ("key", "embeddings")) if path.is_file() else {}
+    if kept.get("key") != key:
+        embeddings = embed_reports(model, reports)
+        kept = {"key": key, "embeddings": torch.stack([embeddings[text] for text in texts])}
+        write_atomically(path, kept)
+    if world > 1 and not rank:
+        torch.distributed.barrier()
+    row = {text: i for i, text in enumerate(texts)}
+    return Teacher(kept["embeddings"], torch.tensor([row[report] for report in reports]))
+
+
+def advice(log: TextIO, config: Config) -> list[str]:
+    """What the last steps of log.jsonl say of terms that do not do their work: one line each.
+
+    It reads through the open file: opening it again would give its lock away.
+    """
+    log.seek(0)
+    lines = [json.loads(line) for line in log]
+    lines = [line for line in lines if "did" in line][-ADVICE_LAST:]
+    if not lines:
+        return []
+
+    def mean(key: str) -> float:
+        return sum(line.get(key, 0) for line in lines) / len(lines)
+    found, chance, n = [], math.log(config.train.batch_size), len(lines)
+    if mean("did") > 0.98 * chance:
+        found.append(f"DID is {mean('did'):.3f} over the last {n} steps, chance is {chance:.3f}: "
+                     f"the encoder has learned nothing of the reports (is it pretrained?)")
+    ratio = mean("pull_vse") / max(mean("pull_did"), 1e-12)
+    if ratio > 10:
+        found.append(f"VSE pulls the encoder {ratio:.0f} times as hard as DID over the last {n} "
+                     f"steps; a higher loss.vse_temperature weakens it (A3)")
+    return found
+
+
+@dataclass
+class Run:
+    """What a run works with, and where it stands."""
+    config: Config
+    folder: Path
+    splits: dict[str, list[Study]]
+    dataset: ReportDataset
+    model: VDGen
+    parallel: nn.Module          # the model, wrapped where several ranks share a batch
+    parameters: list[Tensor]     # those that train
+    optimizer: torch.optim.Optimizer
+    epoch_steps: int
+    steps: int                   # of the whole run
+    teacher: Teacher | None = None
+    log: TextIO | None = None
+    step: int = 0                # completed
+    best: float = -math.inf      # the highest validation so far
+    validated: bool = True       # False between the last step of an epoch and its validation
+    written: tuple | None = None  # what the best validation wrote
+
+
+def prepare(config: Config, resume: bool) -> Run:
+    """All that stands before the first step; --resume brings back what a stopped run had."""
+    settings, (rank, world) = config.train, ranks()
+    folder, checkpoint = open_run(config, resume)
+    build_demo_if_missing(config.data)
+    splits = read_studies(config.data)
+    require_batches(len(splits["train"]), settings.batch_size, world)
+    require_images(splits, config.data)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(settings.seed)
+    model = load_model(config).to(device)
+    dataset = ReportDataset(splits["train"], config.data, model.image_size, model.tokenizer)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    epoch_steps = len(dataset) // settings.batch_size
+    steps = min(settings.max_steps or math.inf, settings.epochs * epoch_steps)
+    run = Run(config, folder, splits, dataset, model, model, parameters, optimizer, epoch_steps,
+              steps)
+    if checkpoint:
+        restore(run, checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.log = open_log(folder / "log.jsonl", run.step, run.validated)
+    if not rank:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    about = header(model, config)
+    if not run.step:
+        write_line(run.log, about)
+    elif checkpoint["changed"]:
+        write_line(run.log, {"step": run.step, "changed": checkpoint["changed"]})
+    if config.loss.did_weight:
+        reports = [study.report for study in splits["train"]]
+        run.teacher = teacher_embeddings(model, reports, folder / "teacher.pt")
+    sizes = ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in about["parameters"].items())
+    print(f"{folder}: {len(dataset)} training studies, {steps} steps of batch "
+          f"{settings.batch_size}, lr {settings.lr} to {settings.min_lr}, on {about['device']}; "
+          f"parameters {sizes}")
+    if rank:  # each rank drops out by its own random numbers
+        torch.manual_seed(settings.seed + rank)
+    if checkpoint:
+        set_random_state(checkpoint["random"][rank % len(checkpoint["random"])], device)
+    if world > 1:
+        run.parallel = shared_by_ranks(model)
+    model.train()
+    return run
+
+
+def require_batches(studies: int, batch_size: int, world: int) -> None:
+    """ValueError where the training studies fill no batch (A22), or the ranks cannot share one."""
+    if studies < batch_size:
+        raise ValueError(f"train.batch_size: {studies} training studies do not fill one batch of "
+                         f"{batch_size} (A22); lower it, or raise data.limit")
+    if batch_size % world:
+        raise ValueError(f"train.batch_size: {batch_size} studies cannot be shared by {world} "
+                         f"ranks equally")
+
+
+def restore(run: Run, checkpoint: dict) -> None:
+    """Weights, optimizer and place of a last.pt; the random state follows when all is ready."""
+    run.model.load_trained_state(checkpoint["model"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.optimizer.param_groups[0]["weight_decay"] = run.config.train.weight_decay  # the one of now
+    run.step, run.best, run.validated = (checkpoint[key] for key in ("step", "best", "validated"))
+
+
+def shared_by_ranks(model: VDGen) -> nn.Module:
+    """The model for DDP. All ranks have read the same frozen LLM: it is not sent around again."""
+    named = chain(model.named_parameters(), model.named_buffers())
+    model._ddp_params_and_buffers_to_ignore = [name for name, p in named if not p.requires_grad]
+    device = [model.device] if model.device.type == "cuda" else None
+    return DistributedDataParallel(model, device)
+
+
+def batches(run: Run) -> Iterator[dict]:
+    """What is left of the run, batch by batch; of each, this rank's share."""
+    while run.step < run.steps:
+        yield from rest_of_epoch(run)
+
+
+def rest_of_epoch(run: Run) -> DataLoader:
+    """The batches of the epoch that `run.step` stands in, from there on."""
+    settings, (rank, world) = run.config.train, ranks()
+    epoch, done = divmod(run.step, run.epoch_steps)
+    chosen = epoch_batches(len(run.dataset), settings.batch_size, settings.seed, epoch)
+    chosen = chosen[done:done + run.steps - run.step]
+    share = settings.batch_size // world
+    return DataLoader(
+        run.dataset, batch_sampler=[batch[rank * share:(rank + 1) * share] for batch in chosen],
+        num_workers=run.config.data.num_workers, collate_fn=collate,
+        pin_memory=run.model.device.type == "cuda", generator=torch.Generator())
+
+
+def on_device(batch: dict, run: Run) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Images, report ids and y of a batch; from pinned memory, whose copies are not waited for."""
+    device = run.model.device
+    y = run.teacher(batch["indices"]) if run.teacher else None
+    if y is not None and device.type == "cuda":
+        y = y.pin_memory().to(device, non_blocking=True)
+    return (batch["images"].to(device, non_blocking=True),
+            batch["report_ids"].to(device, non_blocking=True), y)
+
+
+def pulls_of_heads(terms: dict[str, Tensor], weights: configs.Loss,
+                   visual_tokens: Tensor) -> dict[str, Tensor]:
+    """The gradients of the weighted VSE and DID at X^e (B, S, D): only their heads lie between."""
+    weighted = {"vse": weights.vse_weight, "did": weights.did_weight}
+    return {name: torch.autograd.grad(weight * terms[name], visual_tokens, retain_graph=True)[0]
+            for name, weight in weighted.items() if name in terms}
+
+
+def read_back(values: dict[str, Tensor], pulls: dict[str, Tensor],
+              told: int) -> tuple[dict[str, float], int]:
+    """The numbers of a step, means over the ranks: the one time that a step waits for the device.
+
+    Args:
+        values: scalars.
+        pulls: gradients at this rank's part of X^e; the norm over the whole batch is wanted.
+        told: the signal that told this rank to stop, or 0.
+    Returns:
+        values and `pull_*`; the signal that told any rank to stop, or 0.
+    """
+    world = ranks()[1]
+    squares = {f"pull_{name}": gradient.square().sum() / world for name, gradient in pulls.items()}
+    names, rows = zip(*(values | squares).items())
+    stop = torch.full_like(rows[0], float(told))
+    numbers = torch.stack([*rows, stop]).detach() / world
+    if world > 1:
+        torch.distributed.all_reduce(numbers)
+    *numbers, stop = numbers.tolist()
+    found = dict(zip(names, numbers))
+    found |= {name: math.sqrt(found[name]) for name in squares}
+    return found, told or (signal.SIGTERM if stop else 0)
+
+
+def require_finite(values: dict[str, float], run: Run) -> None:
+    """ValueError that names the step and the term, before any weight or file has changed."""
+    bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
+    if bad is None:
+        return
+    what = "gradient" if bad.startswith(("gradient", "pull")) else f"{bad} loss"
+    last = run.folder / "last.pt"
+    advice = f" with --resume: {last} holds a step before it" if last.exists() else ""
+    raise ValueError(f"step {run.step + 1}: the {what} is {values[bad]}; try a lower train.lr"
+                     + advice)
+
+
+def log_step(run: Run, values: dict[str, float], batch: dict, seconds: float, bar: tqdm) -> None:
+    """One line of log.jsonl; and the same numbers, fewer, at the progress bar."""
+    world, tokens = ranks()[1], sum(batch["report_lengths"])
+    epoch = (run.step - 1) // run.epoch_steps + 1
+    line = {"step": run.step, "epoch": epoch, **values, "seconds": seconds,
+            "studies_per_second": run.config.train.batch_size / seconds,
+            "report_tokens_per_second": world * tokens / seconds,
+            **peak_memory_gb(run.model.device)}
+    write_line(run.log, line)
+    if run.step == ADVICE_STEP and not ranks()[0]:
+        for text in advice(run.log, run.config):
+            tqdm.write(f"note: {text}")
+    terms = {name: f"{line[name]:.3f}" for name in ("report", "vse", "did") if name in line}
+    bar.update()
+    bar.set_postfix(terms | {"studies/s": f"{line['studies_per_second']:.1f}"}, refresh=False)
+
+
+def save(run: Run, name: str) -> None:
+    """best.pt, or last.pt with all that a resumed run needs besides."""
+    content = {"model": run.model.trained_state(), "config": run.config.to_dict(),
+               "step": run.step, "best": run.best}
+    rank, world = ranks()
+    if name == "last.pt":
+        randoms = [random_state(run.model.device)] * world
+        if world > 1:
+            torch.distributed.all_gather_object(randoms, random_state(run.model.device))
+        content |= {"optimizer": run.optimizer.state_dict(), "random": randoms,
+                    "validated": run.validated}
+    if not rank:
+        write_atomically(run.folder / name, content)
+
+
+def validate(run: Run) -> tuple[float, tuple[dict, dict] | None]:
+    """Generate, score and log the val split.
+
+    Returns: (BLEU-4 + CIDEr) / 2, by which best.pt is chosen, and what `write_reports` returned.
+    """
+    studies = run.splits["val"]
+    if not studies:
+        return 0.0, None
+    started = time.perf_counter()
+    reports, _ = written = write_reports(run.model, studies)
+    scores = score(reports, {study.id: study.report for study in studies}, meteor=False)
+    distinct, seconds = len(set(reports.values())), time.perf_counter() - started
+    val = scores | {"distinct": distinct}
+    write_line(run.log, {"step": run.step, "val": val, "seconds": seconds})
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    print(f"\nstep {run.step}: val {shown}, {distinct} different reports of {len(reports)}, "
+          f"{seconds:.0f} s")
+    return (scores["BLEU_4"] + scores["CIDEr"]) / 2, written
+
+
+def validate_and_save(run: Run) -> None:
+    value, written = validate(run)
+    run.validated = True
+    if value >= run.best:  # without a val split every value is 0: the last weights are the best
+        run.best, run.written = value, written
+        save(run, "best.pt")
+    save(run, "last.pt")
+
+
+class StopSignals:
+    """SIGINT and SIGTERM end the step under way; outside one all is saved: they end the process."""
+
+    def __enter__(self) -> "StopSignals":
+        self.told, self.stepping = 0, False
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
+        return self
+
+    def receive(self, number: int, frame) -> None:
+        if not self.stepping:
+            sys.exit(128 + number)
+        self.told = number
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def evaluate_best(run: Run) -> dict | None:
+    """The last act: best.pt on the test split when there is one, else on val."""
+    run.log.close()
+    split = next((name for name in ("test", "val") if run.splits[name]), None)
+    if split is None:
+        return print("the annotation has no val and no test studies: nothing to evaluate")
+    if ranks()[1] > 1:
+        torch.distributed.barrier()  # the first rank has written best.pt
+    run.model.load_trained_state(read_checkpoint(run.folder / "best.pt")["model"])
+    written = run.written if split == "val" else None
+    return evaluate(run.model.eval(), split, run.splits, run.folder, written)
+
+
+def train(config: Config, resume: bool = False) -> dict | None:
+    """Run the whole of a config, or the rest of it; returns the metrics of the final evaluation.
+
+    SIGINT and SIGTERM end the step, save, and exit with the usual code (130, 143). Under torchrun
+    each rank takes its part of every batch; losses, weights and files are those of one process.
+    """
+    run = prepare(config, resume)
+    settings, weights, model, optimizer = config.train, config.loss, run.model, run.optimizer
+    bar = tqdm(total=run.steps, initial=run.step, desc="train", unit="step")
+    with StopSignals() as signals, bar:
+        if not run.validated:
+            validate_and_save(run)
+        started = time.perf_counter()
+        for batch in batches(run):
+            signals.stepping = True
+            images, report_ids, y = on_device(batch, run)
+
+            # Sec. 3.2 to 3.4: the terms, in bfloat16 where that is safe (A13)
+            with model.autocast():
+                terms, visual_tokens, did_top1 = run.parallel(
+                    images, batch["view_counts"], report_ids, batch["report_lengths"], y)
+
+            # Eq. 8. With A1's reading the VSE term may be negative, and so may the total (A2)
+            loss = (weights.report_weight * terms["report"]
+                    + weights.vse_weight * terms.get("vse", 0)
+                    + weights.did_weight * terms.get("did", 0))
+
+            # Backward. What pulls at X^e: VSE, DID, and, as the rest of the total, the report.
+            pulls = pulls_of_heads(terms, weights, visual_tokens)
+            visual_tokens.retain_grad()
+            loss.backward()
+            pulls["report"] = visual_tokens.grad - sum(pulls.values())
+
+            # Clip (A13)
+            norm = torch.nn.utils.clip_grad_norm_(run.parameters, settings.clip_norm)
+
+            # Finite, or stop: nothing has changed yet
+            values = {**terms, "total": loss, "gradient_norm": norm}
+            if did_top1 is not None:
+                values["did_top1"] = did_top1
+            values, told = read_back(values, pulls, signals.told)
+            require_finite(values, run)
+
+            # Step
+            lr = cosine_lr(run.step, run.steps, settings)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # now: none stands beside the next activations
+            run.step += 1
+
+            # Log
+            log_step(run, values | {"lr": lr}, batch, time.perf_counter() - started, bar)
+
+            # Save, stop, validate
+            last_of_epoch = run.step % run.epoch_steps == 0 or run.step == run.steps
+            run.validated = not last_of_epoch
+            if told or last_of_epoch or run.step % (settings.save_every_steps or run.steps) == 0:
+                save(run, "last.pt")
+            if told:
+                print(f"stopped at step {run.step}; --resume goes on from {run.folder / 'last.pt'}")
+                sys.exit(128 + told)
+            if last_of_epoch:
+                signals.stepping = False  # all is saved
+                validate_and_save(run)
+            started = time.perf_counter()
+    return evaluate_best(run)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a file of configs/")
     parser.add_argument("--resume", action="store_true", help="go on from the last.pt of the run")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the config")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="override the config")
     args = parser.parse_args()
     config = load_config(args.config, args.set)
     join_ranks()

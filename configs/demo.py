@@ -235,7 +235,8 @@ def pretrain_swin(folder: Path, steps: int, batch: int = 32) -> None:
     generator = torch.Generator().manual_seed(DEMO_SEED)
     swin = SwinModel(SwinConfig(
         image_size=PIXELS, patch_size=4, embed_dim=48, depths=[1, 1, 2], num_heads=[2, 4, 6], window_size=6,
-        use_absolute_embeddings=True, drop_path_rate=0.0, initializer_range=.06), add_pooling_layer=False)
+        use_absolute_embeddings=True, drop_path_rate=0.0, initializer_range=.06, attn_implementation="eager"),
+        add_pooling_layer=False)  # eager: on a CPU the fused attention's gradient in bfloat16 is slow
     head = torch.nn.Linear(swin.config.hidden_size, 11)
     pool = [draw_shapes(64, generator) for _ in tqdm(range(max(1, steps // 19)), "drawing shapes")]
     images, labels = (torch.cat(parts) for parts in zip(*pool))
@@ -268,7 +269,8 @@ def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32
     tokenizer.save_pretrained(folder)
     llama = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2))
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        attn_implementation="eager"))
     before, after = (tokenizer(t, add_special_tokens=False).input_ids for t in PROMPT)
     texts = [tokenizer(r, add_special_tokens=False).input_ids for r in reports]
     seen = np.bincount(np.concatenate([np.unique(t) for t in texts]), minlength=len(tokenizer))
@@ -280,8 +282,8 @@ def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32
         prompt = [0, *before, *[2] * TOKENS, *after] if step % 8 else [0]
         ends, longest = [texts[i] + [1] for i in rows], 1 + max(len(texts[i]) for i in rows)
         ids = torch.tensor([prompt + end + [2] * (longest - len(end)) for end in ends])
-        labels = torch.tensor([[-100] * len(prompt) + end + [-100] * (longest - len(end)) for end in ends])
-        inputs = embed(ids)
+        targets = torch.tensor([end + [-100] * (longest - len(end)) for end in ends])
+        inputs = embed(ids[:, :-1])
         if step % 8:
             hints = torch.zeros(batch, 1, len(tokenizer))
             for b, i in enumerate(rows):
@@ -293,7 +295,9 @@ def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32
             slots = hints @ embed.weight + embed.weight.detach().std() * sum(noise)
             inputs = torch.cat([inputs[:, :start], slots, inputs[:, start + TOKENS:]], 1)
         with torch.autocast("cpu", torch.bfloat16):
-            return llama(inputs_embeds=inputs, labels=labels).loss  # padding follows: no mask needed
+            states = llama.model(inputs_embeds=inputs).last_hidden_state  # padding follows: no mask needed
+            logits = llama.lm_head(states[:, len(prompt) - 1:])
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     pretrain("Llama", list(llama.parameters()), steps, loss_of, beta2=.999)
     llama.save_pretrained(folder)
 

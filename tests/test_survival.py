@@ -59,7 +59,7 @@ def wait_for_step(process, folder, step, seconds=120):
 
 
 def log_of(folder):
-    timing = ("seconds", "studies_per_second", "report_tokens_per_second", "tflops_per_second", "peak_memory_gb")
+    timing = ("seconds", "studies_per_second", "report_tokens_per_second", "peak_memory_gb")
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in (folder / "log.jsonl").read_text().splitlines()][1:]
 
 
