@@ -248,10 +248,54 @@ def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]
 
 
+# Findings that a text names, for data that comes with findings.json -------------------------------------------------------
+
+CLAUSE = re.compile(r"\b(?:but|however|except|besides|aside|though|although|there|(?<!consistent )(?<!compatible )with)\b")
+DENIED = re.compile(r"\b(?:no|not|without|free|negative|absence|clear (?:of|air)|removal|resolution|exclude|evaluation|if|"
+                    r"obscure|(?:subcutaneous emphysema|pericardial effusion))\b")
+GONE = re.compile(r"\b(?:resolved|(?:have|has) cleared|been removed|not (?:well-)?seen|excluded)\b")
+
+
+def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
+    """{finding: (side, extent)} that a text says are there, by the phrases of findings.json.
+
+    A sentence is read in clauses (CLAUSE parts them): what follows a word of DENIED in its clause is not there, and
+    nothing is in a clause that tells what has gone (GONE). What is probable or possible counts as named: in IU-Xray's
+    reports the words that would tell it are often xxxx. Phrases are regular expressions of whole words.
+    """
+    named = {}
+    for clause in (clause for sentence in text.split(".") for clause in CLAUSE.split(sentence)):
+        said = "" if GONE.search(clause) else DENIED.split(clause)[0]
+
+        def first(groups: dict[str, list[str]]) -> str | None:
+            return next((name for name, phrases in groups.items() if _says(said, phrases)), None)
+        for finding, phrases in spec["phrases"].items():
+            if _says(said, phrases):
+                named.setdefault(finding, (first(spec["sides"]), first(spec["extents"])))
+    return named
+
+
+def _says(text: str, phrases: list[str]) -> bool:
+    return re.search(rf"\b(?:{'|'.join(phrases)})\b", text) is not None
+
+
+def add_findings(folder: Path, table: Path, clean: Callable[[str], str]) -> None:
+    """findings.json of a dataset whose annotation holds none: what a study has is what its report names."""
+    spec = json.loads(table.read_text(encoding="utf-8"))
+    tree = json.loads((folder / "annotation.json").read_text(encoding="utf-8"))
+    entries = [entry for split in SPLITS for entry in tree.get(split, [])]
+    spec["studies"] = {str(entry["id"]): [
+        {"finding": finding, "side": side, "extent": extent}
+        for finding, (side, extent) in named_findings(clean(entry["report"]), spec).items()] for entry in entries}
+    (folder / "findings.json").write_text(json.dumps(spec), encoding="utf-8")
+    print(f"{folder / 'findings.json'}: what the reports name, by the phrases of {table.name}")
+
+
 # Datasets from their official archives, which are read as untrusted ------------------------------------------------------
 
 OPEN_I = "https://openi.nlm.nih.gov/imgs/collections/"  # of the National Library of Medicine
 IU_XRAY_SPLIT = Path(configs.__file__).parent / "iu_xray_split.json"  # R2Gen's ids of train, val and test
+IU_XRAY_FINDINGS = IU_XRAY_SPLIT.with_name("iu_xray_findings.json")  # phrases; not a clinical labeller
 SHORT_SIDE = 256
 LARGEST_TEXT, LARGEST_IMAGE, MOST_FILES = 1 << 20, 64 << 20, 500_000  # bytes, bytes, files of an archive
 
@@ -564,6 +608,8 @@ def main() -> None:
             raise ValueError(f"{len(problems)} problems" + (", the first 50 of them above" if len(problems) > 50 else ""))
         return print("nothing is wrong")
     if (args.out / "annotation.json").is_file():
+        if args.command == "iu_xray" and not (args.out / "findings.json").is_file():
+            return add_findings(args.out, IU_XRAY_FINDINGS, clean_iu_xray)
         return print(f"{args.out}: there already; nothing to do")
     if args.out.exists():
         raise ValueError(f"--out {args.out}: exists and holds no annotation.json; remove it, or name another folder")
