@@ -250,18 +250,20 @@ def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[
 
 # Findings that a text names, for data that comes with findings.json -------------------------------------------------------
 
-CLAUSE = re.compile(r"\b(?:but|however|except|besides|aside|though|although|there|(?<!consistent )(?<!compatible )with)\b")
-DENIED = re.compile(r"\b(?:no|not|without|free|negative|absence|clear (?:of|air)|removal|resolution|exclude|evaluation|if|"
-                    r"obscure|(?:subcutaneous emphysema|pericardial effusion))\b")
-GONE = re.compile(r"\b(?:resolved|(?:have|has) cleared|been removed|not (?:well-)?seen|excluded)\b")
+# A clause ends before "with", but not that of "consistent with". What follows a word of DENIED in its clause is not there
+# ("clear airspace disease" lost its "of"), and nothing is in a clause that holds a word of GONE.
+CLAUSE = re.compile(r"\b(?:but|however|except|besides|aside|although|though|there|"
+                    r"(?<!consistent )(?<!compatible )with)\b")
+DENIED = re.compile(r"\b(?:no|not|without|free|negative|absence|clear of|clear airspace|removal|resolution|exclude|"
+                    r"obscure|evaluation|if|subcutaneous emphysema|pericardial effusion)\b")
+GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are|was|were) not (?:well-)?seen|not definitely seen)\b")
 
 
 def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
     """{finding: (side, extent)} that a text says are there, by the phrases of findings.json.
 
-    A sentence is read in clauses (CLAUSE parts them): what follows a word of DENIED in its clause is not there, and
-    nothing is in a clause that tells what has gone (GONE). What is probable or possible counts as named: in IU-Xray's
-    reports the words that would tell it are often xxxx. Phrases are regular expressions of whole words.
+    What a text calls probable or possible counts as named: in IU-Xray's reports the words that would tell it are often
+    xxxx. The phrases are regular expressions of whole words.
     """
     named = {}
     for clause in (clause for sentence in text.split(".") for clause in CLAUSE.split(sentence)):
