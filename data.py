@@ -248,56 +248,47 @@ def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]
 
 
-# Findings that a text names, for data that comes with findings.json -------------------------------------------------------
+# Findings that a text names -------------------------------------------------------------------------
 
-# A clause ends before "with", but not that of "consistent with". What follows a word of DENIED in its clause is not there
-# ("clear airspace disease" lost its "of"), and nothing is in a clause that holds a word of GONE.
-CLAUSE = re.compile(r"\b(?:but|however|except|besides|aside|although|though|there|"
+# A clause ends with its sentence and before these words, but not at the "with" of "consistent with".
+# In it, what follows a word of DENIED is not there ("clear airspace" lost its "of"), and nothing is
+# there beside a word of GONE.
+CLAUSE = re.compile(r"\.|\b(?:but|however|except|besides|aside|although|though|there|"
                     r"(?<!consistent )(?<!compatible )with)\b")
-DENIED = re.compile(r"\b(?:no|not|without|free|negative|absence|clear of|clear airspace|removal|resolution|exclude|"
-                    r"obscure|evaluation|if|subcutaneous emphysema|pericardial effusion)\b")
-GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are|was|were) not (?:well-)?seen|not definitely seen)\b")
+DENIED = re.compile(r"\b(?:no|not|without|free|negative|absence|clear of|clear airspace|removal|"
+                    r"resolution|exclude|evaluation|obscure|if|subcutaneous emphysema|"
+                    r"pericardial effusion)\b")
+GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are|was|were) not (?:well-)?seen|"
+                  r"not definitely seen)\b")
 
 
 def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
-    """{finding: (side, extent)} that a text says are there, by the phrases of findings.json.
+    """{finding: (side, extent)} that a cleaned text says are there, by the phrases of findings.json.
 
-    What a text calls probable or possible counts as named: in IU-Xray's reports the words that would tell it are often
-    xxxx. The phrases are regular expressions of whole words.
+    These are regular expressions of whole words. A finding that is probable or possible counts as
+    named: in IU-Xray's reports the words that would tell it are often xxxx. Side and extent are
+    those of the first clause that names the finding; None where it tells none.
     """
     named = {}
-    for clause in (clause for sentence in text.split(".") for clause in CLAUSE.split(sentence)):
+    for clause in CLAUSE.split(" ".join(text.split())):
         said = "" if GONE.search(clause) else DENIED.split(clause)[0]
-
-        def first(groups: dict[str, list[str]]) -> str | None:
-            return next((name for name, phrases in groups.items() if _says(said, phrases)), None)
-        for finding, phrases in spec["phrases"].items():
-            if _says(said, phrases):
-                named.setdefault(finding, (first(spec["sides"]), first(spec["extents"])))
+        side, extent = (next(iter(_named(said, spec[key])), None) for key in ("sides", "extents"))
+        for finding in _named(said, spec["phrases"]):
+            named.setdefault(finding, (side, extent))
     return named
 
 
-def _says(text: str, phrases: list[str]) -> bool:
-    return re.search(rf"\b(?:{'|'.join(phrases)})\b", text) is not None
-
-
-def add_findings(folder: Path, table: Path, clean: Callable[[str], str]) -> None:
-    """findings.json of a dataset whose annotation holds none: what a study has is what its report names."""
-    spec = json.loads(table.read_text(encoding="utf-8"))
-    tree = json.loads((folder / "annotation.json").read_text(encoding="utf-8"))
-    entries = [entry for split in SPLITS for entry in tree.get(split, [])]
-    spec["studies"] = {str(entry["id"]): [
-        {"finding": finding, "side": side, "extent": extent}
-        for finding, (side, extent) in named_findings(clean(entry["report"]), spec).items()] for entry in entries}
-    (folder / "findings.json").write_text(json.dumps(spec), encoding="utf-8")
-    print(f"{folder / 'findings.json'}: what the reports name, by the phrases of {table.name}")
+def _named(text: str, groups: dict[str, list[str]]) -> list[str]:
+    """The groups that have a phrase in the text."""
+    return [name for name, phrases in groups.items()
+            if re.search(rf"\b(?:{'|'.join(phrases)})\b", text)]
 
 
 # Datasets from their official archives, which are read as untrusted ------------------------------------------------------
 
 OPEN_I = "https://openi.nlm.nih.gov/imgs/collections/"  # of the National Library of Medicine
 IU_XRAY_SPLIT = Path(configs.__file__).parent / "iu_xray_split.json"  # R2Gen's ids of train, val and test
-IU_XRAY_FINDINGS = IU_XRAY_SPLIT.with_name("iu_xray_findings.json")  # phrases; not a clinical labeller
+IU_XRAY_FINDINGS = IU_XRAY_SPLIT.with_name("iu_xray_findings.json")  # no clinical labeller
 SHORT_SIDE = 256
 LARGEST_TEXT, LARGEST_IMAGE, MOST_FILES = 1 << 20, 64 << 20, 500_000  # bytes, bytes, files of an archive
 
@@ -443,6 +434,21 @@ def build_iu_xray(out: Path, reports: Path | None = None, images: Path | None = 
     finish(building, out, {"sections": "findings"} | {key: [{
         "id": name, "report": studies[name][0], "image_path": [f"{name}/0.png", f"{name}/1.png"], "split": key} for name in names]
         for key, names in split.items()})
+    add_findings(out)
+
+
+def add_findings(folder: Path) -> None:
+    """findings.json of IU-Xray, whose annotation tells none: a study has what its report names."""
+    spec = json.loads(IU_XRAY_FINDINGS.read_text(encoding="utf-8"))
+    spec["studies"] = {
+        study.id: [dict(zip(("finding", "side", "extent"), (finding, *details)))
+                   for finding, details in named_findings(study.report, spec).items()]
+        for studies in read_studies(configs.Data(root=str(folder))).values() for study in studies}
+    unfinished = folder / "findings.unfinished"
+    unfinished.write_text(json.dumps(spec), encoding="utf-8")
+    unfinished.rename(folder / "findings.json")
+    print(f"{folder / 'findings.json'}: what the reports name, by the phrases of "
+          f"{IU_XRAY_FINDINGS.name}")
 
 
 # A heading of a MIMIC-CXR report: capitals before a colon, or one of the usual names in any case, at the start of a line.
@@ -611,7 +617,7 @@ def main() -> None:
         return print("nothing is wrong")
     if (args.out / "annotation.json").is_file():
         if args.command == "iu_xray" and not (args.out / "findings.json").is_file():
-            return add_findings(args.out, IU_XRAY_FINDINGS, clean_iu_xray)
+            return add_findings(args.out)
         return print(f"{args.out}: there already; nothing to do")
     if args.out.exists():
         raise ValueError(f"--out {args.out}: exists and holds no annotation.json; remove it, or name another folder")
