@@ -255,11 +255,9 @@ def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[
 # there beside a word of GONE.
 CLAUSE = re.compile(r"\.|\b(?:but|however|except|besides|aside|although|though|there|"
                     r"(?<!consistent )(?<!compatible )with)\b")
-DENIED = re.compile(r"\b(?:no|not|without|free|negative|absence|clear of|clear airspace|removal|"
-                    r"resolution|exclude|evaluation|obscure|if|subcutaneous emphysema|"
-                    r"pericardial effusion)\b")
-GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are|was|were) not (?:well-)?seen|"
-                  r"not definitely seen)\b")
+DENIED = re.compile(r"\b(?:no|not|without|free|negative|clear of|clear airspace|removal|resolution|"
+                    r"exclude|evaluation|obscure|subcutaneous emphysema|pericardial effusion)\b")
+GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are|was|were) not (?:well-)?seen)\b")
 
 
 def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
