@@ -5,9 +5,11 @@
 
 One logistic regression a finding, from h (the mean visual token of a study) to findings.json, is
 fitted on train. What the reports say stands in `<split>_predictions.jsonl` beside the checkpoint.
+Behind it: the DID loss and the share of images whose own report is the nearest of 16 (did_top1).
 """
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,13 +23,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import load_config, parse_config  # noqa: E402
-from data import ReportDataset, Study, collate, end_in_one_line, read_studies  # noqa: E402
+from data import (ReportDataset, Study, collate, end_in_one_line,  # noqa: E402
+                  epoch_batches, read_studies)
 from evaluate import (best_constant, precision_recall_f1, read_findings,  # noqa: E402
                       score_findings)
-from model import VDGen, load_model, read_checkpoint  # noqa: E402
+from losses import did_loss, own_report_nearest  # noqa: E402
+from model import VDGen, embed_reports, load_model, read_checkpoint  # noqa: E402
+from train import teacher_embeddings  # noqa: E402
 
 L2 = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of which cross-validation on train chooses
 FOLDS = 3
+BATCH, SHUFFLES = 16, 20  # of DID: Sec. 4.1.2; every study is in as many batches, with other ones
 
 
 @torch.no_grad()
@@ -101,6 +107,29 @@ def most_likely(scores: Tensor, share: Tensor) -> Tensor:
     return order < (share * len(scores)).round()
 
 
+def did_in_batches(image_embed: Tensor, text_embed: Tensor,
+                   temperature: float) -> tuple[float, float]:
+    """The DID loss and did_top1 of raw embeddings (N, D), means over the batches of all shuffles.
+
+    By chance they are log BATCH and 1 / BATCH. The batches depend on N only.
+    """
+    losses, nearest = [], []
+    for shuffle in range(SHUFFLES):
+        for batch in epoch_batches(len(image_embed), BATCH, 0, shuffle):
+            losses.append(did_loss(image_embed[batch], text_embed[batch], temperature))
+            nearest.append(own_report_nearest(image_embed[batch], text_embed[batch]))
+    return torch.stack(losses).mean().item(), torch.cat(nearest).float().mean().item()
+
+
+@torch.no_grad()
+def embed_texts(model: VDGen, train: list[Study], studies: list[Study], kept: Path) -> Tensor:
+    """Eq. 5 for the reports of `studies`, (N, D): y standardised over train (A5), then W2."""
+    teacher = teacher_embeddings(model, [study.report for study in train], kept)
+    embeddings = embed_reports(model, [study.report for study in studies])
+    y = teacher.standardise(torch.stack([embeddings[study.report] for study in studies]))
+    return model.did_head(y.to(model.device)).cpu()
+
+
 def matrix(studies: list[Study], spec: dict) -> Tensor:
     """(N, L) float32: 1 where a study has a finding."""
     present = [{row["finding"] for row in spec["studies"][study.id]} for study in studies]
@@ -127,6 +156,39 @@ def print_table(columns: dict[str, dict[str, float]], counts: dict[str, int]) ->
     line("macro", "", [float(np.nanmean([*column.values()])) for column in columns.values()])
 
 
+def compare(model: VDGen, splits: dict[str, list[Study]], split: str,
+            checkpoint: Path | None) -> None:
+    """Encode, fit and print."""
+    config, train, studies = model.config, splits["train"], splits[split]
+    spec = read_findings(config, [study.id for study in train + studies])
+    if spec is None:
+        raise ValueError(f"data.root: there is no findings.json in {config.data.root}; "
+                         "`python data.py iu_xray` adds it")
+    names, train_h, h = list(spec["phrases"]), encode(model, train), encode(model, studies)
+    train_true, true = matrix(train, spec), matrix(studies, spec)
+    l2, share = choose_l2(train_h, train_true), train_true.mean(dim=0)
+    scores = predict(train_h, train_true, h, l2)
+    named = most_likely(scores, share).numpy()
+    each = precision_recall_f1(named, true.bool().numpy(), names)["each"]
+    columns = {"AUC of h": {name: auc(scores[:, i], true[:, i]) for i, name in enumerate(names)},
+               "F1 of h": {name: row["f1"] for name, row in each.items()}}
+    constant = best_constant([study.report for study in train])
+    for title, texts in (("F1 of text", read_predictions(checkpoint, split)),
+                         ("of constant", {study.id: constant for study in studies})):
+        if texts:
+            said = score_findings(texts, spec)["each"]
+            columns[title] = {name: row["f1"] for name, row in said.items()}
+    columns["of chance"] = dict(zip(names, share.tolist()))  # named at random, as often as in train
+    print(f"{checkpoint or config.model.vision}, {split}: {len(studies)} studies, regression on "
+          f"{len(train)}, l2 {l2}")
+    print_table(columns, {name: row["studies"] for name, row in each.items()})
+    if checkpoint and model.did_head is not None and len(studies) >= BATCH:
+        text_embed = embed_texts(model, train, studies, checkpoint.with_name("teacher.pt"))
+        loss, nearest = did_in_batches(h, text_embed, config.loss.did_temperature)
+        print(f"DID in batches of {BATCH}: {loss:.3f} (chance {math.log(BATCH):.3f}), did_top1 "
+              f"{nearest:.3f} (chance {1 / BATCH:.3f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,34 +205,10 @@ def main() -> None:
     else:
         config = load_config(args.config, args.set)
     splits = read_studies(config.data)
-    train, studies = splits["train"], splits[args.split]
-    spec = read_findings(config, [study.id for study in train + studies])
-    if spec is None:
-        raise ValueError(f"data.root: there is no findings.json in {config.data.root}; "
-                         "`python data.py iu_xray` adds it")
     model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if args.checkpoint:
         model.load_trained_state(checkpoint["model"])
-    train_h, h = encode(model, train), encode(model, studies)
-
-    names, train_true, true = list(spec["phrases"]), matrix(train, spec), matrix(studies, spec)
-    l2, share = choose_l2(train_h, train_true), train_true.mean(dim=0)
-    scores = predict(train_h, train_true, h, l2)
-    named = most_likely(scores, share)
-    known = precision_recall_f1(named.numpy(), true.bool().numpy(), names)["each"]
-    columns = {"AUC of h": {name: auc(scores[:, i], true[:, i]) for i, name in enumerate(names)},
-               "F1 of h": {name: row["f1"] for name, row in known.items()}}
-    best = best_constant([study.report for study in train])
-    constant = {study.id: best for study in studies}
-    for title, texts in (("F1 of text", read_predictions(args.checkpoint, args.split)),
-                         ("F1 of constant", constant)):
-        if texts:
-            said = score_findings(texts, spec)["each"]
-            columns[title] = {name: row["f1"] for name, row in said.items()}
-    columns["F1 of chance"] = dict(zip(names, share.tolist()))
-    print(f"{args.checkpoint or args.config}, {args.split}: {len(studies)} studies, h fitted on "
-          f"{len(train)} with l2 {l2}")
-    print_table(columns, {name: row["studies"] for name, row in known.items()})
+    compare(model, splits, args.split, args.checkpoint)
 
 
 if __name__ == "__main__":
