@@ -33,6 +33,7 @@ from train import teacher_embeddings  # noqa: E402
 
 L2 = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of which cross-validation on train chooses
 FOLDS = 3
+FEW = 10  # studies: the AUC of fewer is mostly chance
 BATCH, SHUFFLES = 16, 20  # of DID: Sec. 4.1.2; every study is in as many batches, with other ones
 
 
@@ -146,14 +147,20 @@ def read_predictions(checkpoint: Path | None, split: str) -> dict[str, str] | No
 
 
 def print_table(columns: dict[str, dict[str, float]], counts: dict[str, int]) -> None:
-    """A line a finding, then the means of the columns over the findings (nan left out)."""
+    """A line a finding, then the means over all findings, and over those that chance moves less."""
     def line(title: str, studies: str, values) -> None:
         print(f"{title:<30}{studies:>8}" + "".join(
             f"{value:>14}" if isinstance(value, str) else f"{value:>14.3f}" for value in values))
+
+    def mean(column: dict[str, float], least: int) -> float:
+        values = [column[name] for name, count in counts.items() if count >= least]
+        return float(np.nanmean(values)) if values else np.nan
     line("", "studies", columns)
     for finding, count in counts.items():
         line(finding, str(count), [column[finding] for column in columns.values()])
-    line("macro", "", [float(np.nanmean([*column.values()])) for column in columns.values()])
+    for least in (0, FEW):
+        line("macro" + (f", {FEW} studies or more" if least else ""), "",
+             [mean(column, least) for column in columns.values()])
 
 
 def compare(model: VDGen, splits: dict[str, list[Study]], split: str,

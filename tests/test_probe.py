@@ -71,6 +71,25 @@ def test_did_in_batches_in_closed_form():
     assert probe.did_in_batches(pairs, -pairs, 0.5)[1] == 0
 
 
+def test_print_table_means(capsys):
+    columns = {"a": {"x": 0.5, "y": math.nan, "z": 1.0}, "b": {"x": 0.1, "y": 0.2, "z": 0.6}}
+    probe.print_table(columns, {"x": 9, "y": 12, "z": 10})
+    *_, macro, many = capsys.readouterr().out.splitlines()
+    assert macro.split() == ["macro", "0.750", "0.300"]
+    assert many.split()[-2:] == ["1.000", "0.400"]
+
+
+def test_texts_are_standardised_over_train(make_model, tmp_path):
+    """y has mean 0 over train, so W2 y + b2 has mean b2; and an own deviation of 1 before W2."""
+    model = make_model().eval()
+    with torch.no_grad():
+        model.did_head.weight.copy_(torch.eye(*model.did_head.weight.shape))
+    train_studies = read_studies(model.config.data)["train"]
+    embed = probe.embed_texts(model, train_studies, train_studies, tmp_path / "teacher.pt")
+    assert torch.allclose(embed.mean(dim=0), model.did_head.bias, atol=1e-5)
+    assert torch.allclose(embed.std(dim=0, correction=0)[:8], torch.ones(8), atol=1e-4)
+
+
 def test_the_probe_of_a_run(make_config, data_root, tmp_path, monkeypatch, capsys):
     """All of it on a tiny run: every finding, its studies, both means, and DID."""
     root = shutil.copytree(data_root, tmp_path / "data")
@@ -87,7 +106,7 @@ def test_the_probe_of_a_run(make_config, data_root, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", arguments)
     capsys.readouterr()
     probe.main()
-    header, titles, *rows, macro, did = capsys.readouterr().out.splitlines()
+    header, titles, *rows, macro, _, did = capsys.readouterr().out.splitlines()
     assert "test: 5 studies, regression on 12" in header and titles.endswith("of chance")
     assert [row[:30].strip() for row in rows] == list(spec["phrases"])
     counts = {row[:30].strip(): int(row[30:38]) for row in rows}
