@@ -210,8 +210,8 @@ def test_named_findings_takes_side_and_extent_from_the_clause():
     text = "small right effusion with severe cardiomegaly . large effusion ."
     assert named_findings(text, IU_XRAY) == {"effusion": ("right", "small"),
                                              "cardiomegaly": (None, "large")}
-    assert named_findings("mild  bibasilar\natelectasis", IU_XRAY) == {
-        "atelectasis": ("bilateral", "small")}
+    assert named_findings("mild  bibasilar  low\nlung  volumes", IU_XRAY) == {
+        "low lung volumes": ("bilateral", "small")}
 
 
 def test_score_findings_by_hand():
