@@ -248,10 +248,45 @@ def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]
 
 
+# Findings that a text names -------------------------------------------------------------------------
+
+# A clause ends with its sentence and before these words, but not at the "with" of "consistent with".
+# In it, what follows a word of DENIED is not there ("clear airspace" lost its "of"), and nothing is
+# there beside a word of GONE.
+CLAUSE = re.compile(r"\.|\b(?:but|however|except|besides|aside|although|though|there|"
+                    r"(?<!consistent )(?<!compatible )with)\b")
+DENIED = re.compile(r"\b(?:no|not|without|free|negative|clear of|clear airspace|removal|resolution|"
+                    r"exclude|evaluation|obscure|subcutaneous emphysema|pericardial effusion)\b")
+GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are|was|were) not (?:well-)?seen)\b")
+
+
+def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
+    """{finding: (side, extent)} that a cleaned text says are there, by the phrases of findings.json.
+
+    These are regular expressions of whole words. A finding that is probable or possible counts as
+    named: in IU-Xray's reports the words that would tell it are often xxxx. Side and extent are
+    those of the first clause that names the finding; None where it tells none.
+    """
+    named = {}
+    for clause in CLAUSE.split(" ".join(text.split())):
+        said = "" if GONE.search(clause) else DENIED.split(clause)[0]
+        side, extent = (next(iter(_named(said, spec[key])), None) for key in ("sides", "extents"))
+        for finding in _named(said, spec["phrases"]):
+            named.setdefault(finding, (side, extent))
+    return named
+
+
+def _named(text: str, groups: dict[str, list[str]]) -> list[str]:
+    """The groups that have a phrase in the text."""
+    return [name for name, phrases in groups.items()
+            if re.search(rf"\b(?:{'|'.join(phrases)})\b", text)]
+
+
 # Datasets from their official archives, which are read as untrusted ------------------------------------------------------
 
 OPEN_I = "https://openi.nlm.nih.gov/imgs/collections/"  # of the National Library of Medicine
 IU_XRAY_SPLIT = Path(configs.__file__).parent / "iu_xray_split.json"  # R2Gen's ids of train, val and test
+IU_XRAY_FINDINGS = IU_XRAY_SPLIT.with_name("iu_xray_findings.json")  # no clinical labeller
 SHORT_SIDE = 256
 LARGEST_TEXT, LARGEST_IMAGE, MOST_FILES = 1 << 20, 64 << 20, 500_000  # bytes, bytes, files of an archive
 
@@ -397,6 +432,21 @@ def build_iu_xray(out: Path, reports: Path | None = None, images: Path | None = 
     finish(building, out, {"sections": "findings"} | {key: [{
         "id": name, "report": studies[name][0], "image_path": [f"{name}/0.png", f"{name}/1.png"], "split": key} for name in names]
         for key, names in split.items()})
+    add_findings(out)
+
+
+def add_findings(folder: Path) -> None:
+    """findings.json of IU-Xray, whose annotation tells none: a study has what its report names."""
+    spec = json.loads(IU_XRAY_FINDINGS.read_text(encoding="utf-8"))
+    spec["studies"] = {
+        study.id: [dict(zip(("finding", "side", "extent"), (finding, *details)))
+                   for finding, details in named_findings(study.report, spec).items()]
+        for studies in read_studies(configs.Data(root=str(folder))).values() for study in studies}
+    unfinished = folder / "findings.unfinished"
+    unfinished.write_text(json.dumps(spec), encoding="utf-8")
+    unfinished.rename(folder / "findings.json")
+    print(f"{folder / 'findings.json'}: what the reports name, by the phrases of "
+          f"{IU_XRAY_FINDINGS.name}")
 
 
 # A heading of a MIMIC-CXR report: capitals before a colon, or one of the usual names in any case, at the start of a line.
@@ -564,6 +614,8 @@ def main() -> None:
             raise ValueError(f"{len(problems)} problems" + (", the first 50 of them above" if len(problems) > 50 else ""))
         return print("nothing is wrong")
     if (args.out / "annotation.json").is_file():
+        if args.command == "iu_xray" and not (args.out / "findings.json").is_file():
+            return add_findings(args.out)
         return print(f"{args.out}: there already; nothing to do")
     if args.out.exists():
         raise ValueError(f"--out {args.out}: exists and holds no annotation.json; remove it, or name another folder")

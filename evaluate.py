@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import configs
 from configs import Config, load_config, parse_config
-from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line, open_image, read_image,
-                  read_studies)
+from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
+                  named_findings, open_image, read_image, read_studies)
 from model import CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks, read_checkpoint
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
@@ -47,8 +47,7 @@ HEADLINE = ("uncertain_negative", "14", "macro")  # A17: how R2Gen counts, whose
 MEANS = ("micro", "macro", "example")
 PAGE_CASES, PAGE_PIXELS = 60, 352  # studies on the page, and the longer side of a view: under 3 MB with two views
 METEOR_SECONDS = 600  # looping text of a badly trained model can keep the aligner of METEOR busy for ever
-NEGATIONS = {"no", "not", "without", "free"}  # a sentence with one of them names no finding
-NORMALITY = NEGATIONS | {"normal", "clear", "unremarkable", "intact", "negative", "stable"}
+NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact", "negative", "stable"}
 
 
 # The scores -----------------------------------------------------------------------------------------------------------
@@ -250,22 +249,6 @@ def read_findings(config: Config, names) -> dict | None:
     if unknown:
         raise ValueError(f"{path}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; it must hold all of them")
     return spec
-
-
-def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
-    """{finding: (side, extent)} of a text, by the phrases of findings.json; a negated sentence names none."""
-    named = {}
-    for sentence in text.split("."):
-        padded = f" {' '.join(sentence.split())} "
-        if NEGATIONS & set(sentence.split()):
-            continue
-
-        def first(groups: dict[str, list[str]]) -> str | None:
-            return next((name for name, phrases in groups.items() if any(f" {p} " in padded for p in phrases)), None)
-        for finding, phrases in spec["phrases"].items():
-            if any(f" {phrase} " in padded for phrase in phrases):
-                named.setdefault(finding, (first(spec["sides"]), first(spec["extents"])))
-    return named
 
 
 def score_findings(predictions: dict[str, str], spec: dict) -> dict:

@@ -56,6 +56,7 @@ def collection(tmp_path, monkeypatch):
     names[3].append("CXR3_IM-0003-3001")
     names[5] = names[5][:1]
     findings = {i: f"Study {i}.  Clear &amp; well." for i in names} | {6: None, 7: " ", 8: ""}
+    findings[1] = "No effusion. Mildly enlarged heart."
     reports = tgz(tmp_path / "NLMCXR_reports.tgz", {f"ecgen-radiology/{i}.xml": xml(findings[i], names[i]) for i in names})
     modes = {1: "L", 2: "RGB", 3: "I;16", 4: "L"}
     images = tgz(tmp_path / "NLMCXR_png.tgz", {f"{name}.png": png(mode=modes.get(i, "L"), seed=i * 10 + j)
@@ -98,6 +99,25 @@ def test_iu_xray_is_built_from_the_archives(collection, tmp_path, monkeypatch, c
     before = tree_of(out)
     run_main(monkeypatch, "iu_xray", "--out", out)
     assert "nothing to do" in capsys.readouterr().out and tree_of(out) == before
+
+
+def test_iu_xray_has_the_findings_that_its_reports_name(collection, tmp_path, monkeypatch, capsys):
+    """A built folder has findings.json, and one built before it was known is given it."""
+    run_main(monkeypatch, "iu_xray", "--out", tmp_path / "iu_xray", "--reports", collection[0],
+             "--images", collection[1])
+    path = tmp_path / "iu_xray/findings.json"
+    built = json.loads(path.read_text())
+    studies = built.pop("studies")
+    assert built == json.loads(data.IU_XRAY_FINDINGS.read_text())
+    assert studies.pop("CXR1_IM-0001") == [
+        {"finding": "cardiomegaly", "side": None, "extent": "small"}]
+    assert studies == {"CXR2_IM-0002-1001": [], "CXR3_IM-0003": [], "CXR4_IM-0004": []}
+    before = tree_of(tmp_path / "iu_xray")
+    path.unlink()
+    capsys.readouterr()
+    run_main(monkeypatch, "iu_xray", "--out", tmp_path / "iu_xray")
+    assert capsys.readouterr().out.startswith(f"{path}: what the reports name")
+    assert tree_of(tmp_path / "iu_xray") == before
 
 
 def test_iu_xray_says_what_an_archive_lacks(collection, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import evaluate
 from configs import parse_config
-from data import clean_iu_xray
+from data import IU_XRAY_FINDINGS, clean_iu_xray
 from evaluate import (FIVE, METRICS, best_constant, bleu, measure, meteor_1_5, named_findings, names_abnormality, precision_recall_f1,
                       principal_plane, rouge_l, score, score_clinical, score_findings)
 from model import CONDITIONS
@@ -153,6 +153,65 @@ def test_named_findings_reads_phrases_not_negations():
     assert named_findings("large effusions", SPEC) == {"effusion": (None, "large")}
     assert named_findings("nodules , fractures and a notable cardiac nodule .", SPEC) == {"nodule": (None, None)}
     assert named_findings("", SPEC) == {}
+
+
+IU_XRAY = json.loads(IU_XRAY_FINDINGS.read_text(encoding="utf-8"))
+CLAUSES = {  # of the forms that IU-Xray's reports have, and what they name
+    "the lungs are clear without effusion": "",
+    "no pneumothorax or effusion . heart size is enlarged": "cardiomegaly",
+    "heart size normal but tortuous aorta": "tortuous or calcified aorta",
+    "cardiomegaly without edema": "cardiomegaly",
+    "there is no focal consolidation but there is a small left effusion": "effusion",
+    "no consolidation but mild edema": "edema or congestion",
+    "no infiltrate however cardiomegaly": "cardiomegaly",
+    "no effusion except on the left , a small effusion": "effusion",
+    "no consolidation aside from atelectasis": "atelectasis",
+    "no consolidation though a hernia": "hernia",
+    "no consolidation although a hernia": "hernia",
+    "not clear there is scoliosis": "scoliosis or kyphosis",
+    "clear of infiltrates besides granulomas": "granuloma or nodule",
+    "no acute abnormality with degenerative changes": "degenerative change",
+    "no findings consistent with pneumonia": "",
+    "no findings compatible with pneumonia": "",
+    "the lungs are clear of infiltrate": "",
+    "lungs are expanded and clear airspace disease": "",
+    "lungs are free of infiltrates": "",
+    "specifically no evidence of focal consolidation pneumothorax or effusion": "",
+    "negative for pneumothorax": "",
+    "there are no xxxx of a large pleural effusion": "",
+    "hyperexpanded lungs without focal consolidation": "emphysema or hyperinflation",
+    "there is a nodule that is not calcified": "granuloma or nodule",
+    "the heart is not significantly enlarged": "",
+    "the left apical pneumothorax has resolved": "",
+    "infiltrates have cleared": "",
+    "the catheter has been removed": "",
+    "interval removal of left picc line": "",
+    "interval resolution of effusion": "",
+    "the previously seen mass is not seen": "",
+    "an opacity not well-seen on the lateral view": "opacity or consolidation",
+    "cannot exclude early edema": "",
+    "a fracture cannot be excluded": "",
+    "limited for evaluation of fractures": "",
+    "overlap could obscure a small nodule": "",
+    "there is subcutaneous emphysema": "",
+    "cardiomegaly andor pericardial effusion": "cardiomegaly",
+    "the lung volumes are low normal": "",
+    "xxxx opacity may represent atelectasis or scarring":
+        "atelectasis, opacity or consolidation, scarring or fibrosis",
+}
+
+
+@pytest.mark.parametrize("text", CLAUSES)
+def test_named_findings_reads_the_negations_of_real_sentences(text):
+    assert ", ".join(named_findings(f"{text} .", IU_XRAY)) == CLAUSES[text]
+
+
+def test_named_findings_takes_side_and_extent_from_the_clause():
+    text = "small right effusion with severe cardiomegaly . large effusion ."
+    assert named_findings(text, IU_XRAY) == {"effusion": ("right", "small"),
+                                             "cardiomegaly": (None, "large")}
+    assert named_findings("mild  bibasilar  low\nlung  volumes", IU_XRAY) == {
+        "low lung volumes": ("bilateral", "small")}
 
 
 def test_score_findings_by_hand():
