@@ -412,10 +412,11 @@ def nested(flat: dict) -> dict:
 
 
 def compare(ours: list[Statistics], theirs: list[Statistics]) -> dict[str, dict]:
-    """The difference of two settings in every score, with its paired 95 % bootstrap interval.
+    """The difference of two settings in every score but METEOR, and its paired 95 % interval.
 
     Both sides are scored on the same resamples of studies. With several files a side, seeds of one
-    setting, a score is their mean, and the files are resampled too.
+    setting, a score is their mean, and the files are resampled too; of one file, the seed is not
+    in the interval.
 
     Args: a side's files; a column is the same study in all of them.
     Returns: {score: {"a", "b", "difference": a - b, "interval": [low, high], "excludes_0"}}.
@@ -796,6 +797,8 @@ def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None
     (folder / f"{name}_against.json").write_text(json.dumps(written, indent=1) + "\n")
     print(f"{len(references)} studies; A: {', '.join(written['a'])}; B: {', '.join(written['b'])}")
     print_comparison(found)
+    if 1 in (len(ours), len(theirs)):
+        print("note: of a side of one file, what another seed would change is not in the intervals")
 
 
 def _read_sides(paths: list[Path], config: Config | None, split: str | None) -> tuple[dict, dict]:
