@@ -85,7 +85,7 @@ def text_statistics(pairs: list[tuple[str, str]]) -> np.ndarray:
     """
     predictions, references = zip(*pairs)
     rouge = [rouge_l(*pair) for pair in pairs]
-    return np.vstack([bleu_counts(pairs), rouge, CiderD(references).each(predictions)])
+    return np.array([*bleu_counts(pairs), rouge, CiderD(references).each(predictions)])
 
 
 def text_totals(statistics: np.ndarray) -> dict[str, float]:
