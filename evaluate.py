@@ -3,6 +3,7 @@
     python evaluate.py --checkpoint runs/iu_xray/best.pt [--split test] [--chexbert chexbert.pth] [--set section.key=value ...]
     python evaluate.py --predictions runs/iu_xray/test_predictions.jsonl         # score again, no model needed
     python evaluate.py --predictions theirs.json --config configs/iu_xray.yaml   # {id: text} or {id: [text]}
+    python evaluate.py --predictions A.jsonl [A2.jsonl ...] --against B.jsonl [B2.jsonl ...]
     python evaluate.py --checkpoint runs/iu_xray/best.pt --images frontal.png lateral.png    # write one report
 
 The scores equal pycocoevalcap's on the same strings. References are cleaned when the data is read; nothing here cleans.
@@ -43,8 +44,10 @@ PAPER = {  # Tables 1 and 3, the rows of VDGen; all on the test split
     | {"clinical": {"precision": 0.426, "recall": 0.397, "f1": 0.402}},
 }
 FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # the usual five of CheXpert
+LABELS = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}
 HEADLINE = ("uncertain_negative", "14", "macro")  # A17: how R2Gen counts, whose rows the paper's Table 3 starts from
 MEANS = ("micro", "macro", "example")
+RESAMPLES, TAIL = 1000, 25  # sets of resampled studies; 2.5 % of them on each side of an interval
 PAGE_CASES, PAGE_PIXELS = 60, 352  # studies on the page, and the longer side of a view: under 3 MB with two views
 METEOR_SECONDS = 600  # looping text of a badly trained model can keep the aligner of METEOR busy for ever
 NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact", "negative", "stable"}
@@ -67,15 +70,34 @@ def score(predictions: dict[str, str], references: dict[str, str], meteor: bool 
         raise ValueError(f"score: got {len(predictions)} predictions for {len(references)} references; expected the "
                          "same ids, at least one")
     pairs = [(predictions[name], references[name]) for name in references]
-    scores = dict(zip(METRICS, bleu(pairs)))
+    scores = text_totals(text_statistics(pairs))
     if meteor:
-        try:
+        with suppress(RuntimeError):  # `measure` says why
             scores["METEOR"] = meteor_1_5([pairs])[0]
-        except RuntimeError:
-            pass  # `measure` says why
-    scores["ROUGE_L"] = float(np.mean([rouge_l(*pair) for pair in pairs]))
-    scores["CIDEr"] = CiderD([reference for _, reference in pairs])([prediction for prediction, _ in pairs])
     return scores
+
+
+def text_statistics(pairs: list[tuple[str, str]]) -> np.ndarray:
+    """(12, N): of each (prediction, reference), what the scores of a corpus are made of by sums.
+
+    The rows: the ten of `bleu_counts`, ROUGE-L, CIDEr-D, whose idf is that of all references here.
+    """
+    predictions, references = zip(*pairs)
+    rouge = [rouge_l(*pair) for pair in pairs]
+    return np.array([*bleu_counts(pairs), rouge, CiderD(references).each(predictions)])
+
+
+def text_totals(statistics: np.ndarray) -> dict[str, float]:
+    """BLEU-1..4, ROUGE-L and CIDEr-D of the corpus that `text_statistics` are of."""
+    scores = text_scores(statistics.sum(axis=1), statistics.shape[1])
+    return {name: float(value) for name, value in scores.items()}
+
+
+def text_scores(sums: np.ndarray, studies: int) -> dict[str, np.ndarray]:
+    """BLEU-1..4, ROUGE-L and CIDEr-D from sums of `text_statistics` over studies, (12, ...)."""
+    *counts, rouge, cider = sums
+    bleus = dict(zip(METRICS, bleu_of_counts(np.array(counts))))
+    return bleus | {"ROUGE_L": rouge / studies, "CIDEr": cider / studies}
 
 
 @lru_cache(maxsize=100_000)
@@ -86,19 +108,30 @@ def _ngram_counts(text: str) -> tuple[Counter, ...]:
 
 
 def bleu(pairs: list[tuple[str, str]]) -> list[float]:
-    """Corpus BLEU-1..4 (Papineni et al., 2002) of (prediction, reference) pairs, with coco-caption's 1e-15 and 1e-9."""
-    correct, guessed, predicted_words, reference_words = [0] * 4, [0] * 4, 0, 0
+    """Corpus BLEU-1..4 (Papineni et al., 2002) of (prediction, reference) pairs."""
+    return [float(value) for value in bleu_of_counts(bleu_counts(pairs).sum(axis=1))]
+
+
+def bleu_counts(pairs: list[tuple[str, str]]) -> np.ndarray:
+    """(10, N): right 1- to 4-grams (clipped), written 1- to 4-grams, words of either text."""
+    columns = []
     for prediction, reference in pairs:
-        length = len(prediction.split())
-        predicted_words += length
-        reference_words += len(reference.split())
-        for n, (ours, theirs) in enumerate(zip(_ngram_counts(prediction), _ngram_counts(reference))):
-            guessed[n] += max(0, length - n)
-            correct[n] += sum(min(count, theirs[gram]) for gram, count in ours.items() if gram in theirs)
-    precisions = np.cumprod([(c + 1e-15) / (g + 1e-9) for c, g in zip(correct, guessed)])
-    ratio = (predicted_words + 1e-15) / (reference_words + 1e-9)
-    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    return [float(precision ** (1 / (n + 1)) * brevity) for n, precision in enumerate(precisions)]
+        length, correct = len(prediction.split()), []
+        for ours, theirs in zip(_ngram_counts(prediction), _ngram_counts(reference)):
+            clipped = (min(count, theirs[gram]) for gram, count in ours.items() if gram in theirs)
+            correct.append(sum(clipped))
+        guessed = [max(0, length - n) for n in range(4)]
+        columns.append(correct + guessed + [length, len(reference.split())])
+    return np.array(columns, dtype=float).T
+
+
+def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
+    """BLEU-1..4, (4, ...), from sums of `bleu_counts`, (10, ...); coco-caption's 1e-15 and 1e-9."""
+    correct, guessed, (written, expected) = counts[:4], counts[4:8], counts[8:]
+    precisions = np.cumprod((correct + 1e-15) / (guessed + 1e-9), axis=0)
+    ratio = (written + 1e-15) / (expected + 1e-9)
+    brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
+    return np.array([precision ** (1 / n) * brevity for n, precision in enumerate(precisions, 1)])
 
 
 def rouge_l(prediction: str, reference: str, beta: float = 1.2) -> float:
@@ -230,15 +263,20 @@ def score_clinical(predictions: list[list[int]], references: list[list[int]]) ->
     Returns: {"uncertain_negative" | "uncertain_positive": {"14" | "13" | "5": see `precision_recall_f1`}}; "13" is
     without No Finding. The headline, HEADLINE, is the macro average of 14 labels with uncertain as negative.
     """
-    groups = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}
+    found: dict[str, dict] = {}
+    for reading, size, *matrices in clinical_matrices(predictions, references):
+        found.setdefault(reading, {})[size] = precision_recall_f1(*matrices, LABELS[size])
+    return found
+
+
+def clinical_matrices(predictions: list[list[int]], references: list[list[int]]):
+    """For each reading of "uncertain" and group of labels: their keys; named, true: (N, L) bool."""
     ours, theirs = np.array(predictions), np.array(references)
-    found = {}
     for reading, positive in (("uncertain_negative", [1]), ("uncertain_positive", [1, 3])):
         named, true = np.isin(ours, positive), np.isin(theirs, positive)
-        columns = {size: [CONDITIONS.index(label) for label in labels] for size, labels in groups.items()}
-        found[reading] = {size: precision_recall_f1(named[:, columns[size]], true[:, columns[size]], labels)
-                          for size, labels in groups.items()}
-    return found
+        for size, labels in LABELS.items():
+            columns = [CONDITIONS.index(label) for label in labels]
+            yield reading, size, named[:, columns], true[:, columns]
 
 
 def read_findings(config: Config, names) -> dict | None:
@@ -270,6 +308,136 @@ def score_findings(predictions: dict[str, str], spec: dict) -> dict:
                  for label in ours.keys() & theirs.keys() if theirs[label][i] is not None]
         found[key] = float(np.mean(right)) if right else None
     return found
+
+
+# Intervals and comparisons ------------------------------------------------------------------------
+
+Statistics = dict[str, np.ndarray]  # {part: (K, N)}: by sums over studies, its scores
+
+
+def study_statistics(predictions: dict[str, str], references: dict[str, str],
+                     spec: dict | None = None, label: Callable | None = None) -> Statistics:
+    """{"text": (12, N), "findings" and "clinical.<reading>.<size>": (2 L, N) for L labels}.
+
+    The texts are {study id: text}; spec and label are findings.json and CheXbert, as in `measure`.
+    """
+    texts = [predictions[name] for name in references]
+    parts = {"text": text_statistics(list(zip(texts, references.values())))}
+    if spec:
+        named = [named_findings(text, spec) for text in texts]
+        true = [{found["finding"] for found in spec["studies"][name]} for name in references]
+        matrices = (np.array([[finding in row for finding in spec["phrases"]] for row in rows])
+                    for rows in (named, true))
+        parts["findings"] = label_statistics(*matrices)
+    if label:
+        classes = label(texts), label(list(references.values()))
+        for reading, size, *matrices in clinical_matrices(*classes):
+            parts[f"clinical.{reading}.{size}"] = label_statistics(*matrices)
+    return parts
+
+
+def label_statistics(named: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """(2 L, N) of (N, L) bool: for each label twice what is both; then what is named plus true."""
+    return np.vstack([2.0 * (named & true).T, 1.0 * named.T + true.T])
+
+
+def label_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """F1 as in `precision_recall_f1`, from sums of `label_statistics` over studies, (2 L, ...)."""
+    both, total = np.split(sums, 2)
+    return {"micro_f1": both.sum(axis=0) / np.maximum(total.sum(axis=0), 1),
+            "macro_f1": (both / np.maximum(total, 1)).mean(axis=0)}
+
+
+def scores_of(statistics: Statistics, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """{"BLEU_1", .., "findings.micro_f1", ..} of all studies, or (R,) each of `resamples`."""
+    scores = {}
+    for part, rows in statistics.items():
+        sums = rows.sum(axis=1) if draws is None else rows @ draws
+        if part == "text":
+            scores |= text_scores(sums, rows.shape[1])
+        else:
+            scores |= {f"{part}.{key}": value for key, value in label_scores(sums).items()}
+    return scores
+
+
+def resamples(studies: int) -> np.ndarray:
+    """(N, R): how often each study is in each of R sets of N studies drawn with replacement."""
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(studies, size=studies) for _ in range(RESAMPLES))
+    return np.array([np.bincount(draw, minlength=studies) for draw in draws], dtype=float).T
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """The middle 95 % of (R,) values: two of them, so that of -values it is [-high, -low]."""
+    ordered = np.sort(values)
+    return [float(ordered[TAIL - 1]), float(ordered[-TAIL])]
+
+
+def intervals(statistics: Statistics) -> dict:
+    """95 % percentile bootstrap over studies: {score: [low, high]}, laid out as the scores.
+
+    CIDEr's idf stays that of the whole split. METEOR has none: its program scores a corpus as one.
+    """
+    resampled = scores_of(statistics, resamples(statistics["text"].shape[1]))
+    return nested({name: interval(values) for name, values in resampled.items()})
+
+
+def nested(flat: dict) -> dict:
+    """{"a.b": value} as {"a": {"b": value}}."""
+    tree: dict = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        branch = tree
+        for key in path:
+            branch = branch.setdefault(key, {})
+        branch[last] = value
+    return tree
+
+
+def compare(ours: list[Statistics], theirs: list[Statistics]) -> dict[str, dict]:
+    """The difference of two settings in every score but METEOR, and its paired 95 % interval.
+
+    Both sides are scored on the same resamples of studies. With several files a side, seeds of one
+    setting, a score is their mean, and the files are resampled too; of one file, the seed is not
+    in the interval.
+
+    Args: a side's files; a column is the same study in all of them.
+    Returns: {score: {"a", "b", "difference": a - b, "interval": [low, high], "excludes_0"}}.
+    """
+    draws = resamples(ours[0]["text"].shape[1])
+    (a, a_drawn), (b, b_drawn) = (_mean_over_files(side, draws) for side in (ours, theirs))
+    found = {}
+    for name in a:
+        low, high = interval(a_drawn[name] - b_drawn[name])
+        found[name] = {"a": a[name], "b": b[name], "difference": a[name] - b[name],
+                       "interval": [low, high], "excludes_0": low > 0 or high < 0}
+    return found
+
+
+def _mean_over_files(files: list[Statistics], draws: np.ndarray) -> tuple[dict, dict]:
+    """{score: mean over the n files}, and {score: (R,)}: in each resample over n files drawn anew.
+
+    The variance of such a mean is (n - 1) / n of what it should be; it is stretched by as much.
+    """
+    n = len(files)
+    own_seed = [int(statistics["text"][:10].sum()) for statistics in files]
+    rng = np.random.default_rng(own_seed)  # so that swapped sides swap the sign only
+    share = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).T / n
+    share = 1 / n + math.sqrt(n / max(n - 1, 1)) * (share - 1 / n)
+    points = [scores_of(statistics) for statistics in files]
+    drawn = [scores_of(statistics, draws) for statistics in files]
+    means = {name: float(np.mean([scores[name] for scores in points])) for name in points[0]}
+    return means, {name: sum(w * scores[name] for w, scores in zip(share, drawn)) for name in means}
+
+
+def print_comparison(found: dict[str, dict]) -> None:
+    """A row a score: both sides, their difference, its interval, and whether 0 lies outside."""
+    width = max(map(len, found)) + 2
+    print(f"{'':<{width}}{'A':>9}{'B':>9}{'A - B':>10}    95 % interval       excludes 0")
+    for name, row in found.items():
+        low, high = row["interval"]
+        print(f"{name:<{width}}{row['a']:>9.4f}{row['b']:>9.4f}{row['difference']:>+10.4f}"
+              f"    [{low:+.4f}, {high:+.4f}]  {'yes' if row['excludes_0'] else 'no':>8}")
 
 
 # An evaluation --------------------------------------------------------------------------------------------------------
@@ -329,15 +497,17 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
 
     scored = []  # every table of scores, and the pairs that it is of
 
-    def table(texts: dict[str, str], against: dict[str, str]) -> dict:
-        scores = {"n": len(texts), "distinct": len(set(texts.values())), **score(texts, against, meteor=False)}
+    def table(texts: dict[str, str], against: dict[str, str], text: dict[str, float]) -> dict:
+        scores = {"n": len(texts), "distinct": len(set(texts.values())), **text}
         scored.append((scores, [(texts[name], against[name]) for name in against]))
         return scores
 
     def tables(texts: dict[str, str]) -> dict:
-        scores = table(texts, references)
+        statistics = study_statistics(texts, references, spec, label)
+        scores = table(texts, references, text_totals(statistics["text"]))
+        scores["intervals"] = intervals(statistics)
         if cut:
-            scores["cut_references"] = table(texts, cut)
+            scores["cut_references"] = table(texts, cut, score(texts, cut, meteor=False))
         if spec:
             scores["findings"] = score_findings(texts, spec)
         if label:
@@ -379,21 +549,27 @@ def print_metrics(metrics: dict, name: str) -> None:
 
     def means(part: dict, mean: str) -> list[float]:
         return [part[f"{mean}_{key}"] for key in ("precision", "recall", "f1")]
+
+    def within(part: dict, mean: str) -> list[str]:
+        return ["   95 %: {:.3f} to {:.3f}".format(*part[f"{mean}_f1"])]
     constant, paper = metrics["constant"] or {}, metrics["paper"] or {}
     rows = [("model", metrics), ("best constant report", constant), ("paper, VDGen", paper)]
     rows += [(f"{title}, cut references", row["cut_references"]) for title, row in rows[:2] if "cut_references" in row]
     line("", METRICS)
     for title, row in rows:
         line(title, [row.get(key) for key in METRICS])
+        for i, end in enumerate(("95 % interval from", "to")) if row is metrics else ():
+            line(f"{end:>20}", [row["intervals"].get(key, (None, None))[i] for key in METRICS])
     if "findings" in metrics:
         found = metrics["findings"]
         print()
         line("findings", ("precision", "recall", "F1", "studies"))
         for title, row in found["each"].items():
             line(title, row.values())
-        for title, part in (("", found), (", best constant report", constant.get("findings"))):
-            for mean in MEANS[:2] if part else ():
-                line(mean + title, means(part, mean))
+        for title, row in (("", metrics), (", best constant report", constant)):
+            for mean in MEANS[:2] if row else ():
+                spread = within(row["intervals"]["findings"], mean)
+                line(mean + title, means(row["findings"], mean) + spread)
         print(f"macro-F1 of the commoner half of the findings {found['macro_f1_frequent']:.3f}, of the rarer "
               f"{found['macro_f1_rare']:.3f}")
         print("of the findings named rightly: " + ", ".join(
@@ -404,7 +580,8 @@ def print_metrics(metrics: dict, name: str) -> None:
         line(f"CheXbert, {size} labels, {mean} (headline)", ("precision", "recall", "F1", "studies"))
         for title, row in rows[:2]:
             if row:
-                line(title, means(row["clinical"][reading][size], mean))
+                spread = within(row["intervals"]["clinical"][reading][size], mean)
+                line(title, means(row["clinical"][reading][size], mean) + spread)
         if "clinical" in paper:
             line("paper, VDGen (average not stated)", paper["clinical"].values())
         for title, row in metrics["clinical"][reading][size]["each"].items():
@@ -578,19 +755,88 @@ def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
     write_results(path.parent, name, rows, config, split, splits["train"], chexbert)
 
 
+def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None = None,
+                  overrides: list[str] = (), split: str | None = None,
+                  chexbert: Path | None = None) -> None:
+    """`compare` two settings, print it, and write `<split>_against.json` beside the first file.
+
+    Args:
+        ours, theirs: the files of a side, as in `score_again`; several are seeds of one setting.
+        config_path: of the data, for its findings.json, and its references if no file holds them;
+            the default is config.yaml beside the first file, if there is one.
+    """
+    folder, name = ours[0].parent, ours[0].stem.removesuffix("_predictions")
+    if config_path is None and (folder / "config.yaml").is_file():
+        config_path = folder / "config.yaml"
+    config = load_config(config_path, overrides) if config_path else None
+    reports, references = _read_sides([*ours, *theirs], config, split)
+    spec = read_findings(config, references) if config else None
+    label = chexbert_labeller(chexbert, folder / f"{name}_chexbert.json") if chexbert else None
+    sides = ([study_statistics(reports[path], references, spec, label) for path in side]
+             for side in (ours, theirs))
+    found = compare(*sides)
+    written = {"a": list(map(str, ours)), "b": list(map(str, theirs)), "n": len(references),
+               "scores": nested(found)}
+    (folder / f"{name}_against.json").write_text(json.dumps(written, indent=1) + "\n")
+    print(f"{len(references)} studies; A: {', '.join(written['a'])}; B: {', '.join(written['b'])}")
+    print_comparison(found)
+    if 1 in (len(ours), len(theirs)):
+        print("note: of a side of one file, what another seed would change is not in the intervals")
+
+
+def _read_sides(paths: list[Path], config: Config | None, split: str | None) -> tuple[dict, dict]:
+    """{path: {id: report}}, and the {id: reference} of all; ValueError if a file has others."""
+    reports, held = {}, {}  # what the files hold
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file of predictions")
+        if path.suffix == ".json":
+            reports[path] = _read_theirs(path)
+        else:
+            rows = _read_own(path)
+            reports[path] = {row["id"]: row["prediction"] for row in rows}
+            held[path] = {row["id"]: row["reference"] for row in rows}
+    if not held and config is None:
+        raise ValueError(f"{paths[0]}: no file holds references; name the data with --config")
+    if not held:
+        splits = read_studies(config.data)
+        studies = splits[split or ("test" if splits["test"] else "val")]
+        held[config.data.root] = {study.id: study.report for study in studies}
+    source, references = next(iter(held.items()))
+    for path in paths:
+        wrong = reports[path].keys() ^ references.keys()
+        if not wrong:
+            own = held.get(path, references)
+            wrong = {name for name, text in references.items() if own[name] != text}
+        if wrong:
+            raise ValueError(f"{path} and {source}: {len(wrong)} studies, such as {min(wrong)!r}, are in "
+                             "one only or have another reference; both sides need the same")
+    return reports, references
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run")
-    source.add_argument("--predictions", type=Path, help="<split>_predictions.jsonl of a run, or a JSON {id: report}")
+    source.add_argument("--predictions", nargs="+", type=Path, metavar="FILE",
+                        help="<split>_predictions.jsonl of a run, or a JSON {id: report}")
+    parser.add_argument("--against", nargs="+", type=Path, metavar="FILE",
+                        help="compare --predictions with these; several files a side are seeds")
     parser.add_argument("--split", choices=("train", "val", "test"), help="default: test if there is one, else val")
     parser.add_argument("--chexbert", type=Path, help="chexbert.pth: adds clinical efficacy (Table 3)")
     parser.add_argument("--images", nargs="+", type=Path, help="the views of one study: print its report")
     parser.add_argument("--config", type=Path, help="with --predictions: default is config.yaml beside the file")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args()
+    if args.against:
+        if not args.predictions:
+            parser.error("--against compares with --predictions")
+        return score_against(args.predictions, args.against, args.config, args.set, args.split,
+                             args.chexbert)
     if args.predictions:
-        return score_again(args.predictions, args.config, args.set, args.split, args.chexbert)
+        if len(args.predictions) > 1:
+            parser.error("--predictions takes several files only with --against")
+        return score_again(args.predictions[0], args.config, args.set, args.split, args.chexbert)
     join_ranks()
     checkpoint = read_checkpoint(args.checkpoint)
     config = parse_config(checkpoint["config"], args.set, str(args.checkpoint))
