@@ -1,21 +1,24 @@
 """From disk to batches: R2Gen's cleaning and format, images, batches."""
 import json
+import multiprocessing
 import os
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from configs import Data, parse_config
-from conftest import make_tokenizer
+from conftest import REPORTS, make_tokenizer
 from configs.demo import DEMO_FINDINGS, TOKENS, build_demo, draw_film, draw_findings, write_report
-from data import (ReportDataset, Study, clean_iu_xray, clean_mimic_cxr, collate, epoch_batches, read_image,
-                  read_studies)
+from data import (Packed, ReportDataset, Study, clean_iu_xray, clean_mimic_cxr, collate,
+                  epoch_batches, read_image, read_studies)
 from evaluate import named_findings
 from model import load_model
 
@@ -248,3 +251,38 @@ def test_dataset_caches_where_the_config_says(data_root, tmp_path):
     for _ in range(2):
         assert torch.equal(ReportDataset([study], data, 32, make_tokenizer())[0]["images"], plain)
     assert sorted(str(p.relative_to(tmp_path / "data/cache_32")) for p in (tmp_path / "data/cache_32").rglob("*.npy")) == [f"{p}.npy" for p in study.image_paths]
+
+
+def test_packed_is_a_list_that_cannot_be_changed():
+    items = [Study("a", "clear .", ("a.png",)), Study("c", "", ()),
+             Study("b", "no \u00fc .", ("b.png", "c.png"), "7", "findings")]
+    packed = Packed()
+    assert not packed and list(packed) == []
+    for item in items:
+        packed.append(item)
+    assert list(packed) == items and len(packed) == 3
+    assert packed[-1] == items[2] and packed[1:] == items[1:]
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            packed[index]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file()
+                    or multiprocessing.get_start_method() != "fork", reason="needs forked workers")
+def test_a_workers_own_memory_stays_small(tmp_path, monkeypatch):
+    """20,000 studies, whose images are not read."""
+    report = " ".join(REPORTS)
+    entries = [dict(id=f"s{i}", report=report, image_path=[f"p{i // 3}/s{i}.png"])
+               for i in range(20_000)]
+    (tmp_path / "annotation.json").write_text(json.dumps({"train": entries}))
+    data = Data(root=str(tmp_path))
+    dataset = ReportDataset(read_studies(data)["train"], data, 32, make_tokenizer())
+    monkeypatch.setattr("data.read_image", lambda *_: torch.zeros(3, 1, 1, dtype=torch.uint8))
+    loader = DataLoader(dataset, batch_sampler=epoch_batches(20_000, 400, seed=0, epoch=0),
+                        num_workers=1, collate_fn=collate)
+    own = []
+    for _ in loader:
+        worker, = multiprocessing.active_children()
+        rollup = Path(f"/proc/{worker.pid}/smaps_rollup").read_text()
+        own.append(int(re.search(r"Private_Dirty:\s+(\d+) kB", rollup)[1]) / 1000)
+    assert own[-1] < 50 and own[-1] - own[5] < 5, own  # MB
