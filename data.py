@@ -151,19 +151,25 @@ def read_studies(data: configs.Data,
 
 def _study(entry, place: str, dataset: str, seen: set, sections: str | None) -> Study:
     """Check one entry of the annotation."""
-    if not isinstance(entry, dict) or not {"id", "report", "image_path"} <= entry.keys():
-        raise ValueError(f"{place}: expected a study with id, report and image_path")
-    name, report, paths = str(entry["id"]), entry["report"], entry["image_path"]
+    expected = "expected a study with id, report and image_path"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: got {entry!r:.100}, {expected}")
+    name, report, paths = (entry.get(key) for key in ("id", "report", "image_path"))
+    if name in (None, "") or isinstance(name, (dict, list)):
+        raise ValueError(f"{place}: its id is {name!r:.100}; {expected}")
+    name = str(name)
+    place = f"{place}: study {name!r:.100}"
     if name in seen:
-        raise ValueError(f"{place}: id {name!r} stands twice; ids must be unique in all splits")
+        raise ValueError(f"{place} stands twice; ids must be unique in all splits")
     seen.add(name)
     if not isinstance(report, str) or not report.strip():
-        raise ValueError(f"{place}: study {name!r} has no report")
+        raise ValueError(f"{place} has no report: got {report!r:.100}, expected a text")
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
-        raise ValueError(f"{place}: study {name!r}: image_path: got {paths!r}, expected a list of one path or more")
+        raise ValueError(f"{place}: image_path: got {paths!r:.100}, expected a list of one path or "
+                         "more")
     for p in paths:
         if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts or "\\" in p or "\0" in p:
-            raise ValueError(f"{place}: study {name!r}: image path {p!r} leaves the images folder")
+            raise ValueError(f"{place}: image path {p!r:.100} leaves the images folder")
     patient = entry.get("subject_id") or (dataset == "iu_xray" and re.match(r"CXR\d+", name) or [None])[0]
     return Study(name, CLEANING[dataset](report), tuple(paths), patient and str(patient), sections)
 

@@ -73,15 +73,19 @@ GOOD = dict(id="a", report="Clear.", image_path=["a/0.png"])
     ({"train": []}, "train: no studies"),
     ({"train": [GOOD], "val": 3}, "val: got int"),
     ({"train": [GOOD, GOOD]}, "'a' stands twice"),
-    ({"train": [GOOD], "test": [GOOD]}, r"test\[0\]: id 'a' stands twice"),
+    ({"train": [GOOD], "test": [GOOD]}, r"test\[0\]: study 'a' stands twice"),
     ({"train": [GOOD | {"report": " "}]}, "'a' has no report"),
     ({"train": [GOOD | {"report": None}]}, "'a' has no report"),
     ({"train": [GOOD | {"image_path": []}]}, "image_path: got"),
     ({"train": [GOOD | {"image_path": "a/0.png"}]}, "image_path: got"),
     ({"train": [GOOD | {"image_path": ["../../x.png"]}]}, "leaves the images folder"),
     ({"train": [GOOD | {"image_path": ["/etc/x.png"]}]}, "leaves the images folder"),
-    ({"train": [{"id": "a"}]}, r"train\[0\]: expected a study with id, report and image_path"),
-    ({"train": ["a"]}, r"train\[0\]: expected a study"),
+    ({"train": [{"id": "a"}]}, r"train\[0\]: study 'a' has no report: got None, expected a text"),
+    ({"train": [GOOD | {"report": 3}]}, r"train\[0\]: study 'a' has no report: got 3"),
+    ({"train": [{"id": 7, "report": "Clear."}]}, r"train\[0\]: study '7': image_path: got None"),
+    ({"train": [{"report": "Clear.", "image_path": ["a.png"]}]}, r"train\[0\]: its id is None"),
+    ({"train": [GOOD | {"id": ["a"]}]}, r"train\[0\]: its id is \['a'\]"),
+    ({"train": ["a"]}, r"train\[0\]: got 'a', expected a study with id, report and image_path"),
 ])
 def test_read_studies_names_what_is_wrong(tmp_path, tree, words):
     (tmp_path / "annotation.json").write_text(json.dumps(tree))
