@@ -9,6 +9,7 @@ Left out on purpose: augmentation (A21: a flip would turn left into right).
 """
 import argparse
 import csv
+import fcntl
 import gzip
 import json
 import os
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
@@ -553,10 +555,28 @@ def _image_problem(path: Path) -> str | None:
     return f"image {path}: every pixel has one value" if blank else None
 
 
+def build_once(out: Path, build: Callable[[], None]) -> None:
+    """Let `build` make the data root `out` unless it is there: one process builds, others wait."""
+    lock = out.with_name(out.name + ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"{out}: another process is making it; waiting", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)  # until that process ends, however it ends
+        if not (out / "annotation.json").is_file():
+            build()
+        lock.unlink(missing_ok=True)  # not where `build` failed: others may wait for this very file
+
+
 def build_demo_if_missing(data: configs.Data) -> None:
-    if data.dataset == "demo" and not (Path(data.root) / "annotation.json").is_file():
-        print(f"{data.root}: not there yet; drawing the demo and pretraining its two models, about three minutes")
+    def build() -> None:
+        print(f"{data.root}: not there yet; drawing the demo and pretraining its two models, about "
+              "three minutes", flush=True)
         build_demo(Path(data.root), clean_iu_xray)
+    if data.dataset == "demo" and not (Path(data.root) / "annotation.json").is_file():
+        build_once(Path(data.root), build)
 
 
 def end_in_one_line(main: Callable[[], None]) -> None:
@@ -606,11 +626,13 @@ def main() -> None:
     if args.out.exists():
         raise ValueError(f"--out {args.out}: exists and holds no annotation.json; remove it, or name another folder")
     if args.command == "demo":
-        build_demo(args.out, clean_iu_xray)
+        build = partial(build_demo, args.out, clean_iu_xray)
     elif args.command == "iu_xray":
-        build_iu_xray(args.out, args.reports, args.images)
+        build = partial(build_iu_xray, args.out, args.reports, args.images)
     else:
-        build_mimic_cxr(args.out, args.jpg, args.reports, args.sections, args.annotation)
+        build = partial(build_mimic_cxr, args.out, args.jpg, args.reports, args.sections,
+                        args.annotation)
+    build_once(args.out, build)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -194,6 +196,42 @@ def test_demo_is_deterministic_and_ordinary(tmp_path, capsys):
                                          data=dict(root=data.root, dataset="demo"))))
     view = read_image(tmp_path / "a/images" / splits["test"][0].image_paths[0], model.image_size)
     assert model.encode(view[None], [1]).shape == (1, TOKENS, 192)
+
+
+BUILDER = """
+import sys, time
+from functools import partial
+from pathlib import Path
+import data
+from configs import Data, demo
+root = Path(sys.argv[1])
+data.build_demo = partial(data.build_demo, studies=dict(train=20, val=3, test=3))
+demo.pretrain_swin = demo.pretrain_llama = lambda folder, *_: folder.mkdir()
+(root.parent / sys.argv[2]).touch()
+while len(list(root.parent.glob("ready*"))) < 2:
+    time.sleep(.01)
+data.build_demo_if_missing(Data(root=str(root), dataset="demo"))
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_one_of_two_processes_builds_the_demo(tmp_path, killed):
+    """The other waits for it, and builds itself if the first is killed; nothing else is left."""
+    root = tmp_path / "demo"
+    processes = [subprocess.Popen([sys.executable, "-c", BUILDER, root, f"ready{i}"], text=True,
+                                  cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE)
+                 for i in range(2)]
+    first_lines = [process.stdout.readline() for process in processes]
+    builds = ["drawing the demo" in line for line in first_lines]
+    assert sorted(builds) == [False, True] and "another process" in first_lines[builds.index(False)]
+    if killed:
+        processes[builds.index(True)].kill()
+    rest = [process.communicate(timeout=300)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == [-9 if killed and first else 0 for first in builds]
+    assert ("drawing the demo" in rest[builds.index(False)]) == killed
+    assert {p.name for p in tmp_path.iterdir()} == {"demo", "ready0", "ready1"}
+    assert len(read_studies(Data(root=str(root), dataset="demo"))["train"]) == 20
 
 
 def test_demo_reports_name_just_the_findings_of_their_study(tmp_path):
