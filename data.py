@@ -9,19 +9,23 @@ Left out on purpose: augmentation (A21: a flip would turn left into right).
 """
 import argparse
 import csv
+import fcntl
 import gzip
 import json
 import os
+import pickle
 import re
 import stat
 import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
@@ -51,6 +55,31 @@ class Study:
     image_paths: tuple[str, ...]  # one for each view, relative to images/
     patient: str | None = None    # subject_id, or the number of an IU-Xray id; None: not known
     sections: str | None = None   # of the report, as annotation.json states them (A19); None: not stated
+
+
+class Packed(Sequence):
+    """A list that keeps its items pickled in one block of bytes, and makes one when asked for it.
+
+    A loader's worker shares its parent's memory until it writes to it, and reading a Python object
+    writes its reference count: of 270,790 studies in an ordinary list each worker would soon hold a
+    copy. A block stays shared.
+    """
+
+    def __init__(self):
+        self.block, self.ends = bytearray(), array("q", [0])
+
+    def append(self, item) -> None:
+        self.block += pickle.dumps(item)
+        self.ends.append(len(self.block))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int | slice):
+        places = range(len(self))[index]  # with a list's rules: below 0 from the end, IndexError
+        if isinstance(index, slice):
+            return [self[place] for place in places]
+        return pickle.loads(memoryview(self.block)[self.ends[places]:self.ends[places + 1]])
 
 
 def clean_iu_xray(report: str) -> str:
@@ -83,7 +112,8 @@ READY = {"demo": "python data.py demo", "iu_xray": "python data.py iu_xray",
          "mimic_cxr": "python data.py mimic_cxr --jpg DIR --reports DIR"}
 
 
-def read_studies(data: configs.Data, problems: list[str] | None = None) -> dict[str, list[Study]]:
+def read_studies(data: configs.Data,
+                 problems: list[str] | None = None) -> dict[str, Sequence[Study]]:
     """The studies of each split in `data.root`/annotation.json (R2Gen's format), reports cleaned.
 
     Raises FileNotFoundError if there is no annotation, and ValueError for one that is broken or has a patient in two splits,
@@ -104,7 +134,7 @@ def read_studies(data: configs.Data, problems: list[str] | None = None) -> dict[
         entries = tree.get(split, [])
         if not isinstance(entries, list):
             raise ValueError(f"{path}: {split}: got {type(entries).__name__}, expected a list of studies")
-        splits[split] = []
+        splits[split] = Packed()
         for i, entry in enumerate(entries[:data.limit]):
             try:
                 study = _study(entry, f"{path}: {split}[{i}]", data.dataset, seen, tree.get("sections"))
@@ -123,27 +153,34 @@ def read_studies(data: configs.Data, problems: list[str] | None = None) -> dict[
 
 def _study(entry, place: str, dataset: str, seen: set, sections: str | None) -> Study:
     """Check one entry of the annotation."""
-    if not isinstance(entry, dict) or not {"id", "report", "image_path"} <= entry.keys():
-        raise ValueError(f"{place}: expected a study with id, report and image_path")
-    name, report, paths = str(entry["id"]), entry["report"], entry["image_path"]
+    expected = "expected a study with id, report and image_path"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: got {entry!r:.100}, {expected}")
+    name, report, paths = (entry.get(key) for key in ("id", "report", "image_path"))
+    if name in (None, "") or isinstance(name, (dict, list)):
+        raise ValueError(f"{place}: its id is {name!r:.100}; {expected}")
+    name = str(name)
+    place = f"{place}: study {name!r:.100}"
     if name in seen:
-        raise ValueError(f"{place}: id {name!r} stands twice; ids must be unique in all splits")
+        raise ValueError(f"{place} stands twice; ids must be unique in all splits")
     seen.add(name)
     if not isinstance(report, str) or not report.strip():
-        raise ValueError(f"{place}: study {name!r} has no report")
+        raise ValueError(f"{place} has no report: got {report!r:.100}, expected a text")
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
-        raise ValueError(f"{place}: study {name!r}: image_path: got {paths!r}, expected a list of one path or more")
+        raise ValueError(f"{place}: image_path: got {paths!r:.100}, expected a list of one path or "
+                         "more")
     for p in paths:
         if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts or "\\" in p or "\0" in p:
-            raise ValueError(f"{place}: study {name!r}: image path {p!r} leaves the images folder")
+            raise ValueError(f"{place}: image path {p!r:.100} leaves the images folder")
     patient = entry.get("subject_id") or (dataset == "iu_xray" and re.match(r"CXR\d+", name) or [None])[0]
     return Study(name, CLEANING[dataset](report), tuple(paths), patient and str(patient), sections)
 
 
-def require_images(splits: dict[str, list[Study]], data: configs.Data) -> None:
+def require_images(splits: dict[str, Sequence[Study]], data: configs.Data) -> None:
     """The cheap part of `data.py check` for the images: FileNotFoundError if one of them is not there."""
     images = Path(data.root) / "images"
-    missing = [p for studies in splits.values() for study in studies for p in study.image_paths if not (images / p).is_file()]
+    paths = (path for studies in splits.values() for study in studies for path in study.image_paths)
+    missing = [path for path in paths if not os.path.isfile(f"{images}/{path}")]
     if missing:
         raise FileNotFoundError(f"{images}: {len(missing)} images of {data.root}/annotation.json are not there, such as "
                                 f"{missing[0]}; `python data.py check --config ...` lists all that is wrong")
@@ -166,7 +203,7 @@ def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
         raise ValueError(f"image {name or path}: not a whole PNG or JPEG image ({error})") from None
 
 
-def read_image(path: str | Path, size: int, cache: Path | None = None) -> Tensor:
+def read_image(path: str | Path, size: int, cache: str | Path | None = None) -> Tensor:
     """A24: one view as (3, size, size) uint8, bicubic and antialiased, aspect not kept; grey in three channels.
 
     `cache`: a file that holds these pixels, or will; it counts while it has the time of the image's last change.
@@ -180,50 +217,53 @@ def read_image(path: str | Path, size: int, cache: Path | None = None) -> Tensor
     return pixels.expand(3, size, size) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
-def _cached(path: str | Path, cache: Path) -> np.ndarray | None:
+def _cached(path: str | Path, cache: str | Path) -> np.ndarray | None:
     try:
         return np.load(cache) if os.stat(cache).st_mtime_ns == os.stat(path).st_mtime_ns else None
     except (OSError, ValueError, EOFError):  # none yet, or cut short
         return None
 
 
-def _cache(pixels: np.ndarray, path: str | Path, cache: Path) -> None:
-    unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")
+def _cache(pixels: np.ndarray, path: str | Path, cache: str | Path) -> None:
+    unfinished = f"{cache}.{os.getpid()}"
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
+        os.makedirs(os.path.dirname(cache), exist_ok=True)
+        with open(unfinished, "wb") as file:
             np.save(file, pixels)
         os.utime(unfinished, ns=(0, os.stat(path).st_mtime_ns))
-        unfinished.rename(cache)
+        os.replace(unfinished, cache)
     except OSError:
         with suppress(OSError):  # a read-only or full disk: the image is read again the next time
-            unfinished.unlink()
+            os.unlink(unfinished)
 
 
 class ReportDataset(Dataset):
-    """Studies as tensors. Every report is tokenised once, here; images are read when asked for.
+    """Studies as tensors, read and tokenised when asked for: by the loader's workers.
 
     A report of at most `max_report_tokens` tokens ends in the end token; a longer one is cut and does not (A20, A23).
 
     Item: {"index": int, "id": str, "report": str, "images": (V, 3, H, W) uint8, "report_ids": list of token ids}.
     """
 
-    def __init__(self, studies: list[Study], data: configs.Data, image_size: int, tokenizer):
-        self.studies, self.images, self.image_size = studies, Path(data.root) / "images", image_size
-        self.cache = Path(data.root) / f"cache_{image_size}" if data.cache_images else None
-        limit = data.max_report_tokens
-        ids = tokenizer([study.report for study in studies], add_special_tokens=False).input_ids
-        self.report_ids = [row + [tokenizer.eos_token_id] if len(row) <= limit else row[:limit] for row in ids]
+    def __init__(self, studies: Sequence[Study], data: configs.Data, image_size: int, tokenizer):
+        self.studies, self.image_size = studies, image_size
+        # Strings: a Path interns its parts, and a worker would copy the table of interned strings.
+        self.images = f"{data.root}/images"
+        self.cache = f"{data.root}/cache_{image_size}" if data.cache_images else None
+        self.tokenizer, self.limit = tokenizer, data.max_report_tokens
 
     def __len__(self) -> int:
         return len(self.studies)
 
     def __getitem__(self, index: int) -> dict:
         study = self.studies[index]
-        views = [read_image(self.images / path, self.image_size, self.cache and self.cache / f"{path}.npy")
+        views = [read_image(f"{self.images}/{path}", self.image_size,
+                            self.cache and f"{self.cache}/{path}.npy")
                  for path in study.image_paths]
-        return {"index": index, "id": study.id, "report": study.report, "images": torch.stack(views),
-                "report_ids": self.report_ids[index]}
+        ids = self.tokenizer(study.report, add_special_tokens=False).input_ids
+        ids = ids + [self.tokenizer.eos_token_id] if len(ids) <= self.limit else ids[:self.limit]
+        return {"index": index, "id": study.id, "report": study.report,
+                "images": torch.stack(views), "report_ids": ids}
 
 
 def collate(items: list[dict]) -> dict:
@@ -565,10 +605,28 @@ def _image_problem(path: Path) -> str | None:
     return f"image {path}: every pixel has one value" if blank else None
 
 
+def build_once(out: Path, build: Callable[[], None]) -> None:
+    """Let `build` make the data root `out` unless it is there: one process builds, others wait."""
+    lock = out.with_name(out.name + ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"{out}: another process is making it; waiting", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)  # until that process ends, however it ends
+        if not (out / "annotation.json").is_file():
+            build()
+        lock.unlink(missing_ok=True)  # not where `build` failed: others may wait for this very file
+
+
 def build_demo_if_missing(data: configs.Data) -> None:
-    if data.dataset == "demo" and not (Path(data.root) / "annotation.json").is_file():
-        print(f"{data.root}: not there yet; drawing the demo and pretraining its two models, about three minutes")
+    def build() -> None:
+        print(f"{data.root}: not there yet; drawing the demo and pretraining its two models, about "
+              "three minutes", flush=True)
         build_demo(Path(data.root), clean_iu_xray)
+    if data.dataset == "demo" and not (Path(data.root) / "annotation.json").is_file():
+        build_once(Path(data.root), build)
 
 
 def end_in_one_line(main: Callable[[], None]) -> None:
@@ -620,11 +678,13 @@ def main() -> None:
     if args.out.exists():
         raise ValueError(f"--out {args.out}: exists and holds no annotation.json; remove it, or name another folder")
     if args.command == "demo":
-        build_demo(args.out, clean_iu_xray)
+        build = partial(build_demo, args.out, clean_iu_xray)
     elif args.command == "iu_xray":
-        build_iu_xray(args.out, args.reports, args.images)
+        build = partial(build_iu_xray, args.out, args.reports, args.images)
     else:
-        build_mimic_cxr(args.out, args.jpg, args.reports, args.sections, args.annotation)
+        build = partial(build_mimic_cxr, args.out, args.jpg, args.reports, args.sections,
+                        args.annotation)
+    build_once(args.out, build)
 
 
 if __name__ == "__main__":

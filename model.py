@@ -463,10 +463,13 @@ def _pretrained(kind, name: str, key: str, **options):
                                 f"({str(error).strip().splitlines()[0]})") from None
 
 
-def read_checkpoint(path, of: str = "VDGen", keys=("model", "config")) -> dict:
-    """best.pt or last.pt, tensors and plain values only (`weights_only`): ValueError for anything else."""
+def read_checkpoint(path, of: str = "VDGen", keys=("model", "config"), mmap: bool = False) -> dict:
+    """best.pt or last.pt, tensors and plain values only (`weights_only`): else ValueError.
+
+    mmap: tensors stay in the file, whose pages all processes of a machine share.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise FileNotFoundError(f"checkpoint {path}: no such file") from None
     except pickle.UnpicklingError:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TextIO
@@ -186,11 +187,13 @@ def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> Teacher:
     rank, world = ranks()
     if rank:
         torch.distributed.barrier()  # the first rank computes them
-    kept = read_checkpoint(path, "the teacher", ("key", "embeddings")) if path.is_file() else {}
+    read = partial(read_checkpoint, path, "the teacher", ("key", "embeddings"), mmap=True)
+    kept = read() if path.is_file() else {}
     if kept.get("key") != key:
         embeddings = embed_reports(model, reports)
-        kept = {"key": key, "embeddings": torch.stack([embeddings[text] for text in texts])}
-        write_atomically(path, kept)
+        embeddings = torch.stack([embeddings[text] for text in texts])
+        write_atomically(path, {"key": key, "embeddings": embeddings})
+        kept = read()  # mapped: on MIMIC-CXR 2 GB that would else be each rank's own
     if world > 1 and not rank:
         torch.distributed.barrier()
     row = {text: i for i, text in enumerate(texts)}

@@ -14,7 +14,7 @@ def test_textbook_step_equals_ours(make_model):
     model = make_model("model.lora.dropout=0").eval()
     studies = [study for study in read_studies(model.config.data)["train"] if len(study.image_paths) == 2]
     dataset = ReportDataset(studies, replace(model.config.data, max_report_tokens=(limit := 12)), model.image_size, model.tokenizer)
-    lengths = [len(ids) for ids in dataset.report_ids]
+    lengths = [len(item["report_ids"]) for item in dataset]
     assert len(set(lengths)) > 1 and max(lengths) == limit
     batch = collate([dataset[i] for i in range(len(studies))])
     y = torch.stack([embed_reports(model, batch["reports"])[text] for text in batch["reports"]])

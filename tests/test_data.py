@@ -1,21 +1,26 @@
 """From disk to batches: R2Gen's cleaning and format, images, batches."""
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from configs import Data, parse_config
-from conftest import make_tokenizer
+from conftest import REPORTS, make_tokenizer
 from configs.demo import DEMO_FINDINGS, TOKENS, build_demo, draw_film, draw_findings, write_report
-from data import (ReportDataset, Study, clean_iu_xray, clean_mimic_cxr, collate, epoch_batches, read_image,
-                  read_studies)
+from data import (Packed, ReportDataset, Study, clean_iu_xray, clean_mimic_cxr, collate,
+                  epoch_batches, read_image, read_studies)
 from evaluate import named_findings
 from model import load_model
 
@@ -70,15 +75,19 @@ GOOD = dict(id="a", report="Clear.", image_path=["a/0.png"])
     ({"train": []}, "train: no studies"),
     ({"train": [GOOD], "val": 3}, "val: got int"),
     ({"train": [GOOD, GOOD]}, "'a' stands twice"),
-    ({"train": [GOOD], "test": [GOOD]}, r"test\[0\]: id 'a' stands twice"),
+    ({"train": [GOOD], "test": [GOOD]}, r"test\[0\]: study 'a' stands twice"),
     ({"train": [GOOD | {"report": " "}]}, "'a' has no report"),
     ({"train": [GOOD | {"report": None}]}, "'a' has no report"),
     ({"train": [GOOD | {"image_path": []}]}, "image_path: got"),
     ({"train": [GOOD | {"image_path": "a/0.png"}]}, "image_path: got"),
     ({"train": [GOOD | {"image_path": ["../../x.png"]}]}, "leaves the images folder"),
     ({"train": [GOOD | {"image_path": ["/etc/x.png"]}]}, "leaves the images folder"),
-    ({"train": [{"id": "a"}]}, r"train\[0\]: expected a study with id, report and image_path"),
-    ({"train": ["a"]}, r"train\[0\]: expected a study"),
+    ({"train": [{"id": "a"}]}, r"train\[0\]: study 'a' has no report: got None, expected a text"),
+    ({"train": [GOOD | {"report": 3}]}, r"train\[0\]: study 'a' has no report: got 3"),
+    ({"train": [{"id": 7, "report": "Clear."}]}, r"train\[0\]: study '7': image_path: got None"),
+    ({"train": [{"report": "Clear.", "image_path": ["a.png"]}]}, r"train\[0\]: its id is None"),
+    ({"train": [GOOD | {"id": ["a"]}]}, r"train\[0\]: its id is \['a'\]"),
+    ({"train": ["a"]}, r"train\[0\]: got 'a', expected a study with id, report and image_path"),
 ])
 def test_read_studies_names_what_is_wrong(tmp_path, tree, words):
     (tmp_path / "annotation.json").write_text(json.dumps(tree))
@@ -189,6 +198,42 @@ def test_demo_is_deterministic_and_ordinary(tmp_path, capsys):
     assert model.encode(view[None], [1]).shape == (1, TOKENS, 192)
 
 
+BUILDER = """
+import sys, time
+from functools import partial
+from pathlib import Path
+import data
+from configs import Data, demo
+root = Path(sys.argv[1])
+data.build_demo = partial(data.build_demo, studies=dict(train=20, val=3, test=3))
+demo.pretrain_swin = demo.pretrain_llama = lambda folder, *_: folder.mkdir()
+(root.parent / sys.argv[2]).touch()
+while len(list(root.parent.glob("ready*"))) < 2:
+    time.sleep(.01)
+data.build_demo_if_missing(Data(root=str(root), dataset="demo"))
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_one_of_two_processes_builds_the_demo(tmp_path, killed):
+    """The other waits for it, and builds itself if the first is killed; nothing else is left."""
+    root = tmp_path / "demo"
+    processes = [subprocess.Popen([sys.executable, "-c", BUILDER, root, f"ready{i}"], text=True,
+                                  cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE)
+                 for i in range(2)]
+    first_lines = [process.stdout.readline() for process in processes]
+    builds = ["drawing the demo" in line for line in first_lines]
+    assert sorted(builds) == [False, True] and "another process" in first_lines[builds.index(False)]
+    if killed:
+        processes[builds.index(True)].kill()
+    rest = [process.communicate(timeout=300)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == [-9 if killed and first else 0 for first in builds]
+    assert ("drawing the demo" in rest[builds.index(False)]) == killed
+    assert {p.name for p in tmp_path.iterdir()} == {"demo", "ready0", "ready1"}
+    assert len(read_studies(Data(root=str(root), dataset="demo"))["train"]) == 20
+
+
 def test_demo_reports_name_just_the_findings_of_their_study(tmp_path):
     """findings.json, its phrases and the drawn reports agree on every study: a perfect report scores F1 1."""
     rng, spec = np.random.default_rng(0), {"phrases": {name: row["phrases"] for name, row in DEMO_FINDINGS.items()}}
@@ -248,3 +293,38 @@ def test_dataset_caches_where_the_config_says(data_root, tmp_path):
     for _ in range(2):
         assert torch.equal(ReportDataset([study], data, 32, make_tokenizer())[0]["images"], plain)
     assert sorted(str(p.relative_to(tmp_path / "data/cache_32")) for p in (tmp_path / "data/cache_32").rglob("*.npy")) == [f"{p}.npy" for p in study.image_paths]
+
+
+def test_packed_is_a_list_that_cannot_be_changed():
+    items = [Study("a", "clear .", ("a.png",)), Study("c", "", ()),
+             Study("b", "no \u00fc .", ("b.png", "c.png"), "7", "findings")]
+    packed = Packed()
+    assert not packed and list(packed) == []
+    for item in items:
+        packed.append(item)
+    assert list(packed) == items and len(packed) == 3
+    assert packed[-1] == items[2] and packed[1:] == items[1:]
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            packed[index]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file()
+                    or multiprocessing.get_start_method() != "fork", reason="needs forked workers")
+def test_a_workers_own_memory_stays_small(tmp_path, monkeypatch):
+    """20,000 studies, whose images are not read."""
+    report = " ".join(REPORTS)
+    entries = [dict(id=f"s{i}", report=report, image_path=[f"p{i // 3}/s{i}.png"])
+               for i in range(20_000)]
+    (tmp_path / "annotation.json").write_text(json.dumps({"train": entries}))
+    data = Data(root=str(tmp_path))
+    dataset = ReportDataset(read_studies(data)["train"], data, 32, make_tokenizer())
+    monkeypatch.setattr("data.read_image", lambda *_: torch.zeros(3, 1, 1, dtype=torch.uint8))
+    loader = DataLoader(dataset, batch_sampler=epoch_batches(20_000, 400, seed=0, epoch=0),
+                        num_workers=1, collate_fn=collate)
+    own = []
+    for _ in loader:
+        worker, = multiprocessing.active_children()
+        rollup = Path(f"/proc/{worker.pid}/smaps_rollup").read_text()
+        own.append(int(re.search(r"Private_Dirty:\s+(\d+) kB", rollup)[1]) / 1000)
+    assert own[-1] < 50 and own[-1] - own[5] < 5, own  # MB

@@ -392,7 +392,7 @@ def test_check_names_all_that_is_wrong(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="^7 problems$"):
         run_main(monkeypatch, "check", "--config", tmp_path / "config.yaml")
     printed = capsys.readouterr().out
-    for message in ("id 'CXR1_x' stands twice", "study 'CXR4_x' has no report", "patient CXR1 is in train, too", "cut.png: not a whole", "none.png: no such file",
+    for message in ("study 'CXR1_x' stands twice", "study 'CXR4_x' has no report", "patient CXR1 is in train, too", "cut.png: not a whole", "none.png: no such file",
                     "flat.png: every pixel has one value", "image a.png: in the studies 'CXR1_x' and 'CXR6_x'"):
         assert message in printed, message
     write(train=[("CXR1_x", "Clear.", ["a.png"])], val=[("CXR1_y", "Clear.", ["b.png"])])

@@ -156,6 +156,17 @@ def test_teacher_embeddings_are_computed_once(make_config, tmp_path, monkeypatch
     assert len(calls) == 2
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's /proc")
+def test_teacher_embeddings_stay_in_their_file(make_model, tmp_path):
+    """Where they are computed as where they are read: the ranks of a machine share its pages."""
+    maps, model = Path("/proc/self/maps"), make_model()
+    for _ in range(2):
+        teacher = training.teacher_embeddings(model, ["clear .", "no ."], tmp_path / "teacher.pt")
+        assert f"{tmp_path}/teacher.pt" in maps.read_text() and teacher([0, 1]).shape == (2, 32)
+        del teacher
+        assert f"{tmp_path}/teacher.pt" not in maps.read_text()
+
+
 def test_non_finite_loss_names_step_and_term(make_config, monkeypatch):
     monkeypatch.setattr("model.did_loss", lambda image, *args: image.sum() * math.nan)
     with pytest.raises(ValueError, match="step 1: the did loss is nan"):
