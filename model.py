@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM,
                           AutoTokenizer, BertConfig, BertModel, BertTokenizer, DynamicCache)
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from configs import PROMPT, Config, Generate
 from losses import did_loss, own_report_nearest, report_loss, vse_loss
@@ -87,6 +86,7 @@ class VDGen(nn.Module):
         self.did_head = nn.Linear(teacher_width or D_h, D) if config.loss.did_weight else None              # W2
         self.visual_projection = nn.Linear(D, D_h)                                                          # A7
         llm.requires_grad_(False)
+        llm.set_attn_implementation("grouped")
         lora = config.model.lora
         self.llm = llm if lora is None else get_peft_model(llm, LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
@@ -237,10 +237,10 @@ def load_model(config: Config) -> VDGen:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     names = config.model
     # On a CPU, torch's fused attention takes 2 to 3 times as long for bfloat16 and its gradients as plain products do.
-    plain = [{}, {}] if torch.cuda.is_available() else [{"attn_implementation": name} for name in ("eager", "grouped")]
-    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **plain[0])
+    plain = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **plain)
     processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
-    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype, **plain[1])
+    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype)
     tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; both are needed (A9)")
@@ -281,27 +281,36 @@ def flop_counts(model: VDGen) -> dict[str, float]:
 
 def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                       scaling: float, dropout: float = 0.0, **_) -> tuple[Tensor, None]:
-    """The library's `eager` attention, but a key-value head that serves several query heads is not copied to each.
+    """The attention of the LLM. A key-value head that serves G query heads is not copied to each of them.
+
+    The library is told of no mask that goes with this attention, so that it neither makes one nor waits for the device to
+    learn whether one is needed. A mask of padding would be lost here: VDGen pads on the right, which a causal LLM never sees.
 
     Args:
-        query: (B, H, N, d).
+        query: (B, H, N, d), of the last N tokens.
         key, value: (B, H / G, T, d).
-        attention_mask: (B or 1, 1, N, T), added to the scores.
+        attention_mask: (B or 1, 1, N, T), added to the scores; None: each token sees itself and those before it.
     Returns:
         (B, N, H, d).
     """
     B, H, N, d = query.shape
     Hkv, T = key.shape[1:3]
-    weights = (query.reshape(B, Hkv, -1, d) @ key.transpose(2, 3) * scaling).view(B, Hkv, H // Hkv, N, T)
-    if attention_mask is not None:
-        weights = weights + attention_mask[:, :, None]
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights.view(B, Hkv, -1, T) @ value).view(B, H, N, d).transpose(1, 2).contiguous(), None
+    fused, options = nn.functional.scaled_dot_product_attention, dict(dropout_p=dropout, scale=scaling)
+    if attention_mask is not None:  # the query heads of a key-value head are further rows of one
+        mask = attention_mask[:, :, None].expand(-1, -1, H // Hkv, -1, -1).flatten(2, 3)
+        heads = fused(query.reshape(B, Hkv, -1, d), key, value, mask, **options).view(B, H, N, d)
+    elif query.device.type != "cpu":
+        heads = fused(query, key, value, is_causal=N > 1, enable_gqa=H != Hkv, **options)
+    else:  # the fused kernel takes 2 to 3 times as long for bfloat16 and its gradients
+        weights = (query.reshape(B, Hkv, -1, d) @ key.transpose(2, 3) * scaling).view(B, H, N, T)
+        weights = weights + weights.new_full((N, T), -torch.inf).triu(1 + T - N)
+        weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = nn.functional.dropout(weights, dropout, module.training)
+        heads = (weights.view(B, Hkv, -1, T) @ value).view(B, H, N, d)
+    return heads.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", eager_mask)
 
 
 @torch.no_grad()
