@@ -17,12 +17,14 @@ import torch
 import torch.distributed
 import torch.distributed.nn.functional
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM,
-                          AutoTokenizer, BertConfig, BertModel, BertTokenizer, DynamicCache)
+                          AutoTokenizer, BertConfig, BertModel, BertTokenizer)
+from transformers.cache_utils import Cache, DynamicLayer
 
 from configs import PROMPT, Config, Generate
 from losses import did_loss, own_report_nearest, report_loss, vse_loss
@@ -198,7 +200,7 @@ class VDGen(nn.Module):
 
         Returns: B reports, and h (B, D), the visual embeddings of the studies.
         """
-        with self.autocast():
+        with self.autocast(), disable_input_dtype_casting(self.llm):  # PEFT's to float32, which autocast would undo
             visual_tokens = self.encode(images, view_counts)
             written = beam_search(self.causal_lm, self.embed_prompt(visual_tokens), self.config.generate, self.eos_id)
         return [self.decode(ids) for ids in written.tolist()], visual_tokens.mean(dim=1)
@@ -313,6 +315,32 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 AttentionInterface.register("grouped", grouped_attention)
 
 
+class _Layer(DynamicLayer):
+    """A layer of the cache with room for its final length: it grows without a copy, and its memory is asked for once."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Append (B, H, N, d) keys and values; returns views of all so far, (B, H, T, d)."""
+        (B, H, N, d), T = keys.shape, self.get_seq_length()
+        if not T:
+            self.lazy_initialization(keys, values)
+            self.room = keys.new_empty(2, B, H, self.length, d)
+        for room, new in zip(self.room, (keys, values)):
+            room[:, :, T:T + N] = new
+        self.keys, self.values = self.room[:, :, :, :T + N]
+        return self.keys, self.values
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Keep these rows, in rising order; they move up within the room."""
+        filled, B = self.room[:, :, :, :self.get_seq_length()], len(rows)
+        filled[:, :B] = filled[:, rows]
+        self.room = self.room[:, :B]
+        self.keys, self.values = filled[:, :B]
+
+
 @torch.no_grad()
 def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int) -> Tensor:
     """The beam search of transformers' `generate` (greedy with one beam), token for token, without its repeated work.
@@ -327,15 +355,19 @@ def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int)
         (B, max_new_tokens) ids, `eos_id` behind the end.
     """
     (B, P, _), N, length = prompt.shape, settings.num_beams, settings.max_new_tokens
-    device, cache = prompt.device, DynamicCache(config=llm.config)
-    hidden = llm.model(inputs_embeds=prompt, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+    device, most = prompt.device, P + N * (length - 1)
+    cache = Cache(layers=[_Layer(most) for _ in range(llm.config.num_hidden_layers)])
+    # By place: this argument, `past_key_values` up to transformers 5.10, is called `cache` in 5.24.
+    hidden = llm.model(None, None, None, cache, prompt).last_hidden_state[:, -1:]
     written = torch.full((B, length), eos_id, device=device)
     studies = torch.arange(B, device=device)                           # those that the following rows belong to
     tokens = torch.empty(B, N, 0, dtype=torch.long, device=device)     # of the running beams
     running = torch.zeros(B, 1, device=device)                         # their log-probabilities; at first of one beam
-    ancestors = torch.empty(B, N, 0, dtype=torch.bool, device=device)  # which of the t N tokens so far a beam sees
     ended_scores = torch.full((B, N), -torch.inf, device=device)       # the best N that came to an end, best first
     ended_tokens = written[:, None].repeat(1, N, 1)
+    # What each beam sees: the prompt and its ancestors. The row is padded: the GPU's kernel wants a stride of 8.
+    mask = torch.full((B, N, most + -most % 8), -torch.inf, dtype=llm.dtype, device=device)
+    mask[:, :, :P] = 0
     for t in range(length):
         candidates, parents, new = _candidates(llm.get_output_embeddings()(hidden).float(), tokens, running, settings, eos_id)
         grown = torch.cat([_of_beams(tokens, parents), new[..., None]], dim=2)
@@ -346,22 +378,23 @@ def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int)
         padded = nn.functional.pad(grown[:, :N], (0, length - t - 1), value=eos_id)
         ended_tokens = _of_beams(torch.cat([ended_tokens, padded], dim=1), order)
         written[studies] = ended_tokens[:, 0]
+        if t + 1 == length:
+            break
         running, order = candidates.masked_fill(ends, -torch.inf).topk(N)
-        parents, tokens = parents.gather(1, order), _of_beams(grown, order)
-        itself = torch.eye(N, dtype=torch.bool, device=device).expand(len(parents), -1, -1)
-        ancestors = torch.cat([_of_beams(ancestors, parents), itself], dim=2)
+        tokens, mask = _of_beams(grown, order), _of_beams(mask, parents.gather(1, order))
         # Settled: N have ended, and the best running beam would not be among them if it ended now (the library's rule).
         open_ = running[:, 0] / (t + 1) ** settings.length_penalty > ended_scores[:, -1]
-        if t + 1 == length or not open_.any():
-            break
-        if not open_.all():
-            studies, tokens, running, ancestors, ended_scores, ended_tokens = (
-                rows[open_] for rows in (studies, tokens, running, ancestors, ended_scores, ended_tokens))
-            cache.batch_select_indices(open_)
-        mask = nn.functional.pad(ancestors, (P, 0), value=True)[:, None]
-        mask = torch.zeros(mask.shape, dtype=llm.dtype, device=device).masked_fill(~mask, -torch.inf)
-        hidden = llm.model(inputs_embeds=llm.get_input_embeddings()(tokens[..., -1]), attention_mask=mask, use_cache=True,
-                           position_ids=torch.full((1, N), P + t, device=device), past_key_values=cache).last_hidden_state
+        if t >= settings.min_new_tokens and not open_.all():  # before, none can end: the device is not waited for
+            left = open_.nonzero()[:, 0]
+            if not len(left):
+                break
+            studies, tokens, running, mask, ended_scores, ended_tokens = (
+                rows[left] for rows in (studies, tokens, running, mask, ended_scores, ended_tokens))
+            cache.batch_select_indices(left)
+        T = P + N * (t + 1)
+        mask[:, :, T - N:T].diagonal(dim1=1, dim2=2).zero_()  # itself
+        hidden = llm.model(None, mask[:, None, :, :T], torch.full((1, N), P + t, device=device), cache,
+                           llm.get_input_embeddings()(tokens[..., -1])).last_hidden_state
     return written
 
 
