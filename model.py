@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-import torch.distributed.nn.functional
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
@@ -45,18 +44,32 @@ def join_ranks() -> None:
     """Under torchrun: join the group of processes. Ranks behind the first print nothing but their errors."""
     if "RANK" not in os.environ:
         return
+    device = None
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group(  # torchrun ends all ranks when one dies; the first may embed reports for hours (A5)
-        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+        "nccl" if device else "gloo", timeout=timedelta(hours=12), device_id=device)
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """The rows of all ranks, in their order, with gradient to each: VSE and DID contrast the whole batch."""
-    return torch.cat(torch.distributed.nn.functional.all_gather(rows)) if ranks()[1] > 1 else rows
+    """The rows of all ranks, in their order: VSE and DID contrast the whole batch.
+
+    Gradient reaches this rank's own rows, times the number of ranks: each rank computes the same loss from all rows, and
+    what its rows ask for is divided by that number when the ranks' gradients are averaged.
+    """
+    rank, world = ranks()
+    if world == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world)]
+    torch.distributed.all_gather(parts, rows.detach())
+    parts[rank] = rows.clone()
+    if parts[rank].requires_grad:
+        parts[rank].register_hook(lambda gradient: gradient * world)
+    return torch.cat(parts)
 
 
 class VDGen(nn.Module):
@@ -94,8 +107,8 @@ class VDGen(nn.Module):
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
             task_type="CAUSAL_LM"))
         if config.train.recompute:
-            for part in (vision, llm):
-                part.gradient_checkpointing_enable({"use_reentrant": False})
+            for part in (vision, llm):  # by its name in transformers 5.24, else by its older one
+                getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)()
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in PROMPT)
         for name, values in dict(before_ids=[self.bos_id] + before, after_ids=after,
@@ -238,8 +251,11 @@ def load_model(config: Config) -> VDGen:
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     names = config.model
-    # On a CPU, torch's fused attention takes 2 to 3 times as long for bfloat16 and its gradients as plain products do.
+    # On a CPU, torch's fused attention takes 2 to 3 times as long for bfloat16 and its gradients as plain products do. On
+    # an H100 it would be cuDNN's, which plans for each new shape, and a beam search meets one in every step.
     plain = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # then it is flash, and with a mask the memory-efficient one
     vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **plain)
     processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
     llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype)
@@ -436,7 +452,7 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
     else:
         teacher = _pretrained(AutoModel, name, "model.teacher", dtype=torch.float32).to(model.device)
         tokenizer = _pretrained(AutoTokenizer, name, "model.teacher")
-    dtype = model.causal_lm.dtype
+    dtype, options = model.causal_lm.dtype, dict(use_cache=False) if itself else {}  # keys that nothing would read
     texts = sorted(set(texts), key=lambda text: (len(text), text))
     was_training, embeddings = model.training, {}
     model.eval(), teacher.eval()
@@ -449,7 +465,7 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
             kept = nn.utils.rnn.pad_sequence(kept, batch_first=True).to(model.device)
             lengths = torch.tensor([len(row) for row in ids], device=model.device)
             mask = torch.arange(padded.shape[1], device=model.device) < lengths[:, None]
-            hidden = teacher(input_ids=padded, attention_mask=mask.long()).last_hidden_state.float()
+            hidden = teacher(input_ids=padded, attention_mask=mask.long(), **options).last_hidden_state.float()
             means = (hidden * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
             embeddings.update(zip(batch, means.to(dtype).cpu()))
     model.train(was_training)

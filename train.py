@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import peft
@@ -241,8 +242,11 @@ def train(config: Config, resume: bool = False) -> dict | None:
         torch.manual_seed(settings.seed + rank)
     if checkpoint:
         set_random_state(checkpoint["random"][rank % len(checkpoint["random"])], device)
-    parallel = DistributedDataParallel(model, [local] if device.type == "cuda" else None, broadcast_buffers=False) \
-        if world > 1 else model
+    parallel = model
+    if world > 1:  # all ranks have read the same LLM: it is not sent around again
+        model._ddp_params_and_buffers_to_ignore = [
+            name for name, value in chain(model.named_parameters(), model.named_buffers()) if not value.requires_grad]
+        parallel = DistributedDataParallel(model, [local] if device.type == "cuda" else None)
 
     def save(name: str) -> None:
         content = {"model": model.trained_state(), "config": config.to_dict(), "step": step, "best": best}
