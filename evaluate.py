@@ -449,12 +449,12 @@ def write_reports(model: VDGen, studies: list[Study]) -> tuple[dict[str, str], d
     rank, world = ranks()
     batches = torch.arange(len(studies)).split(train.eval_batch_size)  # the same for any number of ranks
     loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
-                        num_workers=data.num_workers, collate_fn=collate,
+                        num_workers=data.num_workers, collate_fn=collate, pin_memory=model.device.type == "cuda",
                         generator=torch.Generator())  # its own: a validation must not change the state of training
     was_training, reports, visual_embeds = model.training, {}, {}
     model.eval()
     for batch in tqdm(loader, desc="generate", unit="batch", leave=False):
-        texts, embeds = model.generate(batch["images"].to(model.device), batch["view_counts"])
+        texts, embeds = model.generate(batch["images"].to(model.device, non_blocking=True), batch["view_counts"])
         reports |= zip(batch["ids"], texts)
         visual_embeds |= zip(batch["ids"], embeds.tolist())
     model.train(was_training)

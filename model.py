@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-import torch.distributed.nn.functional
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM,
-                          AutoTokenizer, BertConfig, BertModel, BertTokenizer, DynamicCache)
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+                          AutoTokenizer, BertConfig, BertModel, BertTokenizer)
+from transformers.cache_utils import Cache, DynamicLayer
 
 from configs import PROMPT, Config, Generate
 from losses import did_loss, own_report_nearest, report_loss, vse_loss
@@ -44,18 +44,32 @@ def join_ranks() -> None:
     """Under torchrun: join the group of processes. Ranks behind the first print nothing but their errors."""
     if "RANK" not in os.environ:
         return
+    device = None
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group(  # torchrun ends all ranks when one dies; the first may embed reports for hours (A5)
-        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+        "nccl" if device else "gloo", timeout=timedelta(hours=12), device_id=device)
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """The rows of all ranks, in their order, with gradient to each: VSE and DID contrast the whole batch."""
-    return torch.cat(torch.distributed.nn.functional.all_gather(rows)) if ranks()[1] > 1 else rows
+    """The rows of all ranks, in their order: VSE and DID contrast the whole batch.
+
+    Gradient reaches this rank's own rows, times the number of ranks: each rank computes the same loss from all rows, and
+    what its rows ask for is divided by that number when the ranks' gradients are averaged.
+    """
+    rank, world = ranks()
+    if world == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world)]
+    torch.distributed.all_gather(parts, rows.detach())
+    parts[rank] = rows.clone()
+    if parts[rank].requires_grad:
+        parts[rank].register_hook(lambda gradient: gradient * world)
+    return torch.cat(parts)
 
 
 class VDGen(nn.Module):
@@ -87,13 +101,14 @@ class VDGen(nn.Module):
         self.did_head = nn.Linear(teacher_width or D_h, D) if config.loss.did_weight else None              # W2
         self.visual_projection = nn.Linear(D, D_h)                                                          # A7
         llm.requires_grad_(False)
+        llm.set_attn_implementation("grouped")
         lora = config.model.lora
         self.llm = llm if lora is None else get_peft_model(llm, LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
             task_type="CAUSAL_LM"))
         if config.train.recompute:
-            for part in (vision, llm):
-                part.gradient_checkpointing_enable({"use_reentrant": False})
+            for part in (vision, llm):  # by its name in transformers 5.24, else by its older one
+                getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)()
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in PROMPT)
         for name, values in dict(before_ids=[self.bos_id] + before, after_ids=after,
@@ -198,7 +213,7 @@ class VDGen(nn.Module):
 
         Returns: B reports, and h (B, D), the visual embeddings of the studies.
         """
-        with self.autocast():
+        with self.autocast(), disable_input_dtype_casting(self.llm):  # PEFT's to float32, which autocast would undo
             visual_tokens = self.encode(images, view_counts)
             written = beam_search(self.causal_lm, self.embed_prompt(visual_tokens), self.config.generate, self.eos_id)
         return [self.decode(ids) for ids in written.tolist()], visual_tokens.mean(dim=1)
@@ -236,11 +251,14 @@ def load_model(config: Config) -> VDGen:
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     names = config.model
-    # On a CPU, torch's fused attention takes 2 to 3 times as long for bfloat16 and its gradients as plain products do.
-    plain = [{}, {}] if torch.cuda.is_available() else [{"attn_implementation": name} for name in ("eager", "grouped")]
-    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **plain[0])
+    # On a CPU, torch's fused attention takes 2 to 3 times as long for bfloat16 and its gradients as plain products do. On
+    # an H100 it would be cuDNN's, which plans for each new shape, and a beam search meets one in every step.
+    plain = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # then it is flash, and with a mask the memory-efficient one
+    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **plain)
     processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
-    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype, **plain[1])
+    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype)
     tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; both are needed (A9)")
@@ -281,27 +299,62 @@ def flop_counts(model: VDGen) -> dict[str, float]:
 
 def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                       scaling: float, dropout: float = 0.0, **_) -> tuple[Tensor, None]:
-    """The library's `eager` attention, but a key-value head that serves several query heads is not copied to each.
+    """The attention of the LLM. A key-value head that serves G query heads is not copied to each of them.
+
+    The library is told of no mask that goes with this attention, so that it neither makes one nor waits for the device to
+    learn whether one is needed. A mask of padding would be lost here: VDGen pads on the right, which a causal LLM never sees.
 
     Args:
-        query: (B, H, N, d).
+        query: (B, H, N, d), of the last N tokens.
         key, value: (B, H / G, T, d).
-        attention_mask: (B or 1, 1, N, T), added to the scores.
+        attention_mask: (B or 1, 1, N, T), added to the scores; None: each token sees itself and those before it.
     Returns:
         (B, N, H, d).
     """
     B, H, N, d = query.shape
     Hkv, T = key.shape[1:3]
-    weights = (query.reshape(B, Hkv, -1, d) @ key.transpose(2, 3) * scaling).view(B, Hkv, H // Hkv, N, T)
-    if attention_mask is not None:
-        weights = weights + attention_mask[:, :, None]
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights.view(B, Hkv, -1, T) @ value).view(B, H, N, d).transpose(1, 2).contiguous(), None
+    fused, options = nn.functional.scaled_dot_product_attention, dict(dropout_p=dropout, scale=scaling)
+    if attention_mask is not None:  # the query heads of a key-value head are further rows of one
+        mask = attention_mask[:, :, None].expand(-1, -1, H // Hkv, -1, -1).flatten(2, 3)
+        heads = fused(query.reshape(B, Hkv, -1, d), key, value, mask, **options).view(B, H, N, d)
+    elif query.device.type != "cpu":
+        heads = fused(query, key, value, is_causal=N > 1, enable_gqa=H != Hkv, **options)
+    else:  # the fused kernel takes 2 to 3 times as long for bfloat16 and its gradients
+        weights = (query.reshape(B, Hkv, -1, d) @ key.transpose(2, 3) * scaling).view(B, H, N, T)
+        weights = weights + weights.new_full((N, T), -torch.inf).triu(1 + T - N)
+        weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = nn.functional.dropout(weights, dropout, module.training)
+        heads = (weights.view(B, Hkv, -1, T) @ value).view(B, H, N, d)
+    return heads.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", eager_mask)
+
+
+class _Layer(DynamicLayer):
+    """A layer of the cache with room for its final length: it grows without a copy, and its memory is asked for once."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Append (B, H, N, d) keys and values; returns views of all so far, (B, H, T, d)."""
+        (B, H, N, d), T = keys.shape, self.get_seq_length()
+        if not T:
+            self.lazy_initialization(keys, values)
+            self.room = keys.new_empty(2, B, H, self.length, d)
+        for room, new in zip(self.room, (keys, values)):
+            room[:, :, T:T + N] = new
+        self.keys, self.values = self.room[:, :, :, :T + N]
+        return self.keys, self.values
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Keep these rows, in rising order; they move up within the room."""
+        filled, B = self.room[:, :, :, :self.get_seq_length()], len(rows)
+        filled[:, :B] = filled[:, rows]
+        self.room = self.room[:, :B]
+        self.keys, self.values = filled[:, :B]
 
 
 @torch.no_grad()
@@ -318,15 +371,19 @@ def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int)
         (B, max_new_tokens) ids, `eos_id` behind the end.
     """
     (B, P, _), N, length = prompt.shape, settings.num_beams, settings.max_new_tokens
-    device, cache = prompt.device, DynamicCache(config=llm.config)
-    hidden = llm.model(inputs_embeds=prompt, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+    device, most = prompt.device, P + N * (length - 1)
+    cache = Cache(layers=[_Layer(most) for _ in range(llm.config.num_hidden_layers)])
+    # By place: this argument, `past_key_values` up to transformers 5.10, is called `cache` in 5.24.
+    hidden = llm.model(None, None, None, cache, prompt).last_hidden_state[:, -1:]
     written = torch.full((B, length), eos_id, device=device)
     studies = torch.arange(B, device=device)                           # those that the following rows belong to
     tokens = torch.empty(B, N, 0, dtype=torch.long, device=device)     # of the running beams
     running = torch.zeros(B, 1, device=device)                         # their log-probabilities; at first of one beam
-    ancestors = torch.empty(B, N, 0, dtype=torch.bool, device=device)  # which of the t N tokens so far a beam sees
     ended_scores = torch.full((B, N), -torch.inf, device=device)       # the best N that came to an end, best first
     ended_tokens = written[:, None].repeat(1, N, 1)
+    # What each beam sees: the prompt and its ancestors. The row is padded: the GPU's kernel wants a stride of 8.
+    mask = torch.full((B, N, most + -most % 8), -torch.inf, dtype=llm.dtype, device=device)
+    mask[:, :, :P] = 0
     for t in range(length):
         candidates, parents, new = _candidates(llm.get_output_embeddings()(hidden).float(), tokens, running, settings, eos_id)
         grown = torch.cat([_of_beams(tokens, parents), new[..., None]], dim=2)
@@ -337,22 +394,23 @@ def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int)
         padded = nn.functional.pad(grown[:, :N], (0, length - t - 1), value=eos_id)
         ended_tokens = _of_beams(torch.cat([ended_tokens, padded], dim=1), order)
         written[studies] = ended_tokens[:, 0]
+        if t + 1 == length:
+            break
         running, order = candidates.masked_fill(ends, -torch.inf).topk(N)
-        parents, tokens = parents.gather(1, order), _of_beams(grown, order)
-        itself = torch.eye(N, dtype=torch.bool, device=device).expand(len(parents), -1, -1)
-        ancestors = torch.cat([_of_beams(ancestors, parents), itself], dim=2)
+        tokens, mask = _of_beams(grown, order), _of_beams(mask, parents.gather(1, order))
         # Settled: N have ended, and the best running beam would not be among them if it ended now (the library's rule).
         open_ = running[:, 0] / (t + 1) ** settings.length_penalty > ended_scores[:, -1]
-        if t + 1 == length or not open_.any():
-            break
-        if not open_.all():
-            studies, tokens, running, ancestors, ended_scores, ended_tokens = (
-                rows[open_] for rows in (studies, tokens, running, ancestors, ended_scores, ended_tokens))
-            cache.batch_select_indices(open_)
-        mask = nn.functional.pad(ancestors, (P, 0), value=True)[:, None]
-        mask = torch.zeros(mask.shape, dtype=llm.dtype, device=device).masked_fill(~mask, -torch.inf)
-        hidden = llm.model(inputs_embeds=llm.get_input_embeddings()(tokens[..., -1]), attention_mask=mask, use_cache=True,
-                           position_ids=torch.full((1, N), P + t, device=device), past_key_values=cache).last_hidden_state
+        if t >= settings.min_new_tokens and not open_.all():  # before, none can end: the device is not waited for
+            left = open_.nonzero()[:, 0]
+            if not len(left):
+                break
+            studies, tokens, running, mask, ended_scores, ended_tokens = (
+                rows[left] for rows in (studies, tokens, running, mask, ended_scores, ended_tokens))
+            cache.batch_select_indices(left)
+        T = P + N * (t + 1)
+        mask[:, :, T - N:T].diagonal(dim1=1, dim2=2).zero_()  # itself
+        hidden = llm.model(None, mask[:, None, :, :T], torch.full((1, N), P + t, device=device), cache,
+                           llm.get_input_embeddings()(tokens[..., -1])).last_hidden_state
     return written
 
 
@@ -394,7 +452,7 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
     else:
         teacher = _pretrained(AutoModel, name, "model.teacher", dtype=torch.float32).to(model.device)
         tokenizer = _pretrained(AutoTokenizer, name, "model.teacher")
-    dtype = model.causal_lm.dtype
+    dtype, options = model.causal_lm.dtype, dict(use_cache=False) if itself else {}  # keys that nothing would read
     texts = sorted(set(texts), key=lambda text: (len(text), text))
     was_training, embeddings = model.training, {}
     model.eval(), teacher.eval()
@@ -407,7 +465,7 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
             kept = nn.utils.rnn.pad_sequence(kept, batch_first=True).to(model.device)
             lengths = torch.tensor([len(row) for row in ids], device=model.device)
             mask = torch.arange(padded.shape[1], device=model.device) < lengths[:, None]
-            hidden = teacher(input_ids=padded, attention_mask=mask.long()).last_hidden_state.float()
+            hidden = teacher(input_ids=padded, attention_mask=mask.long(), **options).last_hidden_state.float()
             means = (hidden * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
             embeddings.update(zip(batch, means.to(dtype).cpu()))
     model.train(was_training)
