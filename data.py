@@ -267,11 +267,12 @@ class ReportDataset(Dataset):
 
 
 def collate(items: list[dict]) -> dict:
-    """One batch; its studies may differ in their number of views (A8).
+    """One batch, the shortest report first; its studies may differ in their number of views (A8).
 
     Returns: indices (B numbers of studies), ids, reports (B strings each), images (sum of views, 3, H, W) uint8, view_counts (B ints), report_ids (B, L) padded on the
     right to the longest report, report_lengths (B ints).
     """
+    items = sorted(items, key=lambda item: len(item["report_ids"]))  # like lengths stand together: see `report_term`
     reports = [torch.tensor(item["report_ids"]) for item in items]
     return {"indices": [item["index"] for item in items],
             "ids": [item["id"] for item in items], "reports": [item["report"] for item in items],

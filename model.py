@@ -30,7 +30,7 @@ from losses import did_loss, own_report_nearest, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher alike
-LIKE_LENGTH = 8           # studies of like length pass the LLM together: 14 % fewer tokens than all 16 (the benchmark's batch)
+LIKE_LENGTH = 8           # studies, of like length, pass the LLM together: 14 % fewer tokens than all 16 (the benchmark's batch)
 TEACHER_BATCH = 16        # fixed: the padding of a batch changes results of bfloat16 in the last digit (A5)
 
 
@@ -165,7 +165,7 @@ class VDGen(nn.Module):
         Args:
             images, view_counts: see `encode`.
             report_ids: (B, L) token ids, end token included (A20), padded on the right with any id.
-            report_lengths: B numbers >= 1, how many of them count.
+            report_lengths: B numbers >= 1, how many of them count; in rising order (see `collate`) least is padded.
             teacher_embed: (B, D_t) y, one for each report (see `Teacher`); None if `loss.did_weight` is 0.
         Returns:
             terms: {"report": ..., "vse": ..., "did": ...}, scalars in nats; a term of weight 0 is left out. With
@@ -192,8 +192,9 @@ class VDGen(nn.Module):
         """Sec. 3.4, Eq. 2: the report loss behind visual tokens (B, S, D). The other arguments: `forward`."""
         prompt, embed = self.embed_prompt(visual_tokens), self.causal_lm.get_input_embeddings()
         P, hidden, targets = prompt.shape[1], [], []
-        for rows in torch.tensor(report_lengths).argsort(stable=True).split(LIKE_LENGTH):
-            lengths = [report_lengths[row] for row in rows]
+        for start in range(0, len(report_lengths), LIKE_LENGTH):
+            rows = slice(start, start + LIKE_LENGTH)
+            lengths = report_lengths[rows]
             ids = report_ids[rows, :max(lengths)]  # each group is padded to its own longest report
             # The last token predicts nothing. Padding on the right is never seen under a causal mask: no other is needed.
             inputs = torch.cat([prompt[rows], embed(ids[:, :-1])], dim=1)

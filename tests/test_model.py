@@ -91,7 +91,7 @@ def test_no_logits_outside_reports_no_mask_and_little_padding(make_model, monkey
     rows, calls = [], []
     model.causal_lm.lm_head.register_forward_hook(lambda m, args, result: rows.append(args[0].shape))
     model.causal_lm.model.register_forward_pre_hook(lambda m, args, kw: calls.append(kw), with_kwargs=True)
-    batch = make_batch(model)
+    batch = make_batch(model, sorted(REPORTS[:4], key=lambda text: len(model.tokenizer(text).input_ids)))
     model(**batch)
     assert rows == [(sum(batch["report_lengths"]), 32)]
     assert all(call.get("attention_mask") is None for call in calls)
