@@ -107,9 +107,10 @@ def test_scores_of_all_studies_are_those_of_an_evaluation():
 
 
 def test_label_scores_count_nothing_as_zero():
-    """0 / 0 is 0, as in `precision_recall_f1`: two labels, one named rightly once, one never there."""
+    """0 / 0 is 0, as in `precision_recall_f1`: one label named rightly, one never there."""
     named = np.array([[True, False], [False, False]])
-    assert label_scores(label_statistics(named, named).sum(axis=1)) == {"micro_f1": 1, "macro_f1": 0.5}
+    sums = label_statistics(named, named).sum(axis=1)
+    assert label_scores(sums) == {"micro_f1": 1, "macro_f1": 0.5}
     assert label_scores(np.zeros(4)) == {"micro_f1": 0, "macro_f1": 0}
 
 
