@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 import configs
 from configs import Config, load_config, parse_config
+from configs.archives import open_image
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  named_findings, open_image, read_image, read_studies)
+                  named_findings, read_image, read_studies)
 from model import CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks, read_checkpoint
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")

@@ -43,7 +43,7 @@ from model import (Teacher, VDGen, embed_reports, join_ranks, load_model, ranks,
 # What --resume lets a person change: where and how a run is computed, and what helps after trouble.
 # The rest makes another experiment.
 FREE_TO_CHANGE = {
-    "data.root", "data.num_workers", "data.cache_images", "train.output", "train.save_every_steps",
+    "data.root", "data.num_workers", "train.output", "train.save_every_steps",
     "train.eval_batch_size", "train.recompute",
     "train.lr", "train.min_lr", "train.clip_norm", "train.weight_decay"}
 FREE_TO_RAISE = {"train.epochs", "train.max_steps"}

@@ -73,7 +73,6 @@ class Data:
     max_report_tokens: int = at_least(1, 100)     # A23, A20
     reference_cut_tokens: int = at_least(1, 60)   # A16: where R2GenGPT cuts the references
     num_workers: int = at_least(0, 8)       # processes that read images
-    cache_images: bool = True               # keep the resized views in <root>/cache_<size>; may be deleted at any time
 
 
 @dataclass(frozen=True)

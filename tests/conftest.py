@@ -87,7 +87,7 @@ def make_config(backbones, data_root, tmp_path):
     def make(*overrides: str):
         return parse_config(dict(
             model=dict(vision=str(backbones / "swin"), llm=str(backbones / "llama")),
-            data=dict(root=str(data_root), num_workers=0, cache_images=False),
+            data=dict(root=str(data_root), num_workers=0),
             train=dict(output=str(tmp_path / "run"), precision="fp32", batch_size=3, eval_batch_size=2, epochs=1),
             generate=dict(num_beams=2, min_new_tokens=1, max_new_tokens=6)), overrides)
     return make

@@ -1,0 +1,119 @@
+"""MIMIC-CXR in R2Gen's form, from PhysioNet's folders (mimic_cxr.yaml)."""
+import csv
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from configs.archives import LARGEST_TEXT, SPLITS, finish, read_archive, shrink_images
+
+# A heading of a report, at the start of a line: capitals before a colon, or one of the usual names
+# in any case.
+HEADING = re.compile(
+    r"^[ \t]*((?:[A-Z][A-Z ,/&()-]*[A-Z)])|(?i:findings?(?:[ ]*(?:and|/|&)[ ]*impressions?)?|"
+    r"impressions?(?:[ ]*(?:and|/|&)[ ]*findings?)?|indications?|(?:clinical )?history|"
+    r"comparisons?|techniques?|exam(?:ination)?|reason for exam(?:ination)?|conclusions?|"
+    r"recommendations?|notifications?|wet read|final report))[ \t]*:", re.M)
+
+
+def report_section(text: str, sections: str = "findings") -> str:
+    """The FINDINGS of a report, or FINDINGS and IMPRESSION (A19); "" if it has no FINDINGS.
+
+    A joint section (FINDINGS AND IMPRESSION) is FINDINGS. Of several blocks with text the last
+    counts: it is the final report.
+    """
+    found, headings = {}, list(HEADING.finditer(text))
+    for heading, following in zip(headings, [*headings[1:], None]):
+        body = text[heading.end():following and following.start()].strip()
+        name = heading[1].lower()
+        key = "findings" if "finding" in name else "impression" if "impression" in name else None
+        if key and body.strip("_ \n"):
+            found[key] = body
+    if "findings" not in found:
+        return ""
+    return "\n".join(found[key] for key in sections.split("+") if key in found)
+
+
+def read_split(jpg: Path) -> list[dict]:
+    """The rows of the official split: dicom_id, study_id, subject_id and split of each image."""
+    tables = sorted(jpg.glob("mimic-cxr-2.*-split.csv*"))
+    if not tables:
+        raise FileNotFoundError(f"--jpg {jpg}: there is no mimic-cxr-2.*-split.csv.gz; expected "
+                                f"the folder of mimic-cxr-jpg")
+    open_table = gzip.open if tables[0].suffix == ".gz" else open
+    with open_table(tables[0], "rt", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    forms = {"dicom_id": r"[\w-]+", "study_id": r"\d{8}", "subject_id": r"\d{8}",
+             "split": "train|validate|test"}
+    for row in rows:
+        if not all(re.fullmatch(form, row.get(key) or "") for key, form in forms.items()):
+            raise ValueError(f"{tables[0]}: got {row}; expected dicom_id, study_id, subject_id and "
+                             f"split of MIMIC-CXR")
+    return rows
+
+
+def read_reports(reports: Path, rows: list[dict]) -> dict[str, str]:
+    """{study_id: text} from a folder or a zip of report files."""
+    if reports.is_file():
+        files = tqdm(read_archive(reports, ".txt", LARGEST_TEXT), desc="reports", unit="report")
+        return {Path(name).stem[1:]: content.decode("utf-8", "replace") for name, content in files}
+    root = reports / "files" if (reports / "files").is_dir() else reports
+    texts = {}
+    for row in tqdm(rows, desc="reports", unit="report"):
+        study, subject = row["study_id"], row["subject_id"]
+        path = root / f"p{subject[:2]}/p{subject}/s{study}.txt"
+        if study not in texts and path.is_file():
+            texts[study] = path.read_text(encoding="utf-8", errors="replace")
+    if not texts:
+        raise FileNotFoundError(f"--reports {reports}: no report is there; expected "
+                                f"mimic-cxr-reports.zip, or the folder with "
+                                f"files/p10/p10000032/s50414267.txt")
+    return texts
+
+
+def annotate(jpg: Path, reports: Path, sections: str) -> dict:
+    """R2Gen's tree: an entry for each image of a study with FINDINGS, in the official split."""
+    rows = read_split(jpg)
+    texts = {study: report_section(text, sections)
+             for study, text in read_reports(reports, rows).items()}
+    tree = {"sections": sections} | {split: [] for split in SPLITS}
+    for row in rows:
+        split, report = row["split"].replace("validate", "val"), texts.get(row["study_id"])
+        if report:
+            subject, study = row["subject_id"], row["study_id"]
+            path = f"p{subject[:2]}/p{subject}/s{study}/{row['dicom_id']}.jpg"
+            tree[split].append({"id": row["dicom_id"], "study_id": int(study), "split": split,
+                                "subject_id": int(subject), "report": report, "image_path": [path]})
+    return tree
+
+
+def read_annotation(path: Path, check: Callable[[dict, str], object]) -> dict:
+    """R2Gen's own file; `check` raises ValueError for an entry that is broken."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict) or set(tree) - set(SPLITS) or \
+            not all(isinstance(entries, list) for entries in tree.values()):
+        raise ValueError(f"--annotation {path}: expected R2Gen's {{'train': [...], 'val': [...], "
+                         f"'test': [...]}}")
+    for split, entries in tree.items():
+        for i, entry in enumerate(entries):
+            check(entry, f"{path}: {split}[{i}]")
+    return tree
+
+
+def build_mimic_cxr(out: Path, jpg: Path, tree: dict) -> None:
+    """Write `out`: the images of mimic-cxr-jpg, and a tree of `annotate` or `read_annotation`."""
+    building, targets = out.with_name(out.name + ".building"), {}  # {original: its small PNG}
+    for entry in (entry for split in SPLITS for entry in tree.get(split, [])):
+        small = [str(PurePosixPath(path).with_suffix(".png")) for path in entry["image_path"]]
+        for path, png in zip(entry["image_path"], small):
+            targets[jpg / "files" / path] = building / "images" / png
+        entry["image_path"] = small
+    jobs = ((path, str(path), target) for path, target in targets.items())
+    shrink_images(jobs, len(targets))
+    finish(building, out, tree)
