@@ -154,13 +154,16 @@ def test_read_image_names_what_is_wrong(tmp_path):
 
 
 def test_batches_hold_studies_with_differing_numbers_of_views(data_root):
-    """A8, A20, A23: and the end token stands only where the whole report fits."""
+    """A8, A20, A23: the shortest report first, the end token only where the whole report fits."""
     tokenizer, studies = make_tokenizer(), read_studies(Data(root=str(data_root)))["train"]
     dataset = ReportDataset(studies, Data(root=str(data_root), max_report_tokens=12, cache_images=False), 32, tokenizer)
     batch = collate([dataset[i] for i in (2, 0, 1)])
-    assert batch["ids"] == ["study02", "study00", "study01"] and batch["view_counts"] == [3, 1, 2]
+    assert batch["ids"] == ["study01", "study02", "study00"] and batch["indices"] == [1, 2, 0]
+    assert batch["view_counts"] == [2, 3, 1]
+    assert batch["report_lengths"] == sorted(batch["report_lengths"])
+    assert batch["reports"] == [studies[i].report for i in batch["indices"]]
     assert batch["images"].shape == (6, 3, 32, 32)
-    assert torch.equal(batch["images"][3], read_image(data_root / "images/study00/0.png", 32))
+    assert torch.equal(batch["images"][5], read_image(data_root / "images/study00/0.png", 32))
     assert batch["report_ids"].shape == (3, max(batch["report_lengths"]))
     for report, ids, length in zip(batch["reports"], batch["report_ids"].tolist(), batch["report_lengths"]):
         whole = tokenizer(report, add_special_tokens=False).input_ids
