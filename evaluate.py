@@ -9,12 +9,9 @@
 The scores equal pycocoevalcap's on the same strings. References are cleaned when the data is read; nothing here cleans.
 """
 import argparse
-import base64
-import io
 import json
 import math
 import random
-import re
 import shutil
 import subprocess
 import threading
@@ -31,9 +28,8 @@ from nltk.util import ngrams
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import configs
 from configs import Config, load_config, parse_config
-from configs.archives import open_image
+from configs.report import write_page
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
                   named_findings, read_image, read_studies)
 from model import CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks, read_checkpoint
@@ -49,9 +45,7 @@ LABELS = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}
 HEADLINE = ("uncertain_negative", "14", "macro")  # A17: how R2Gen counts, whose rows the paper's Table 3 starts from
 MEANS = ("micro", "macro", "example")
 RESAMPLES, TAIL = 1000, 25  # sets of resampled studies; 2.5 % of them on each side of an interval
-PAGE_CASES, PAGE_PIXELS = 60, 352  # studies on the page, and the longer side of a view: under 3 MB with two views
 METEOR_SECONDS = 600  # looping text of a badly trained model can keep the aligner of METEOR busy for ever
-NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact", "negative", "stable"}
 
 
 # The scores -----------------------------------------------------------------------------------------------------------
@@ -595,82 +589,6 @@ def print_metrics(metrics: dict, name: str) -> None:
         print("note:", note)
 
 
-def curves(log: Path, points: int = 300) -> tuple[dict | None, dict[str, list]]:
-    """The header of log.jsonl, and {term or validation score: [[step, value], ...]}, means of equal pieces of the run."""
-    if not log.is_file():
-        return None, {}
-    header, *lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    steps, found = [line for line in lines if "val" not in line], {}
-    size = math.ceil(len(steps) / points)
-    for i in range(0, len(steps), size or 1):
-        for key in ("report", "vse", "did", "did_top1", "pull_report", "pull_vse", "pull_did", "gradient_norm"):
-            values = [line[key] for line in steps[i:i + size] if math.isfinite(line.get(key, math.nan))]
-            if values:
-                found.setdefault(key, []).append([steps[i:i + size][-1]["step"], float(np.mean(values))])
-    for line in lines:
-        for key in ("BLEU_4", "ROUGE_L", "CIDEr", "distinct"):
-            if key in line.get("val", {}):
-                found.setdefault(key, []).append([line["step"], line["val"][key]])
-    return header, found
-
-
-def names_abnormality(reference: str) -> bool:
-    """A rough reading where no labels are: a sentence of the report holds no word that denies or says normal."""
-    words = (re.findall(r"[a-z]{2,}", part) for part in reference.lower().split("."))
-    return any(part and not NORMALITY & set(part) for part in words)
-
-
-def thumbnail(path: Path, pixels: int) -> str | None:
-    """A view as a small JPEG in base64, its aspect kept; None if it is not there."""
-    try:
-        image = open_image(path)
-    except (FileNotFoundError, ValueError):
-        return None
-    image.thumbnail((pixels, pixels))
-    image.save(jpeg := io.BytesIO(), "JPEG", quality=75)
-    return base64.b64encode(jpeg.getvalue()).decode()
-
-
-def write_page(path: Path, rows: list[dict], metrics: dict, config: Config, split: str, label=None) -> None:
-    """`<split>_report.html`: Table 1, Table 3, the training curves, and cases as in Fig. 3, in one file (configs/report.html).
-
-    The cases are the best and the worst by CIDEr, and random ones (seed 0); at most PAGE_CASES.
-    """
-    root, k = Path(config.data.root), min(len(rows), PAGE_CASES) // 3
-    cider = CiderD([row["reference"] for row in rows]).each([row["prediction"] for row in rows])
-    order = sorted(range(len(rows)), key=lambda i: -cider[i])
-    middle = order[k:len(order) - k]
-    groups = {"best": order[:k], "worst": order[len(order) - k:][::-1],
-              "random": random.Random(0).sample(middle, min(len(middle), PAGE_CASES - 2 * k))}
-    spec = read_findings(config, [row["id"] for row in rows])
-
-    def tags(row: dict) -> dict[str, list] | None:
-        if spec:
-            details = {"reference": {f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][row["id"]]},
-                       "prediction": named_findings(row["prediction"], spec)}
-            return {side: [[name, " ".join(filter(None, detail))] for name, detail in named.items()]
-                    for side, named in details.items()}
-        return label and {side: [[name, {1: "", 3: "uncertain"}[c]] for name, c in zip(CONDITIONS, classes) if c in (1, 3)]
-                          for side in ("reference", "prediction") for classes in label([row[side]])}
-    views = sum(len(rows[i].get("image_path", [])) for group in groups.values() for i in group)
-    pixels = int(PAGE_PIXELS * min(1, math.sqrt(2 * PAGE_CASES / max(views, 1))))
-    header, lines = curves(path.parent / "log.jsonl")
-    cases = [{key: rows[i][key] for key in ("id", "reference", "prediction")}
-             | {"group": group, "rank": order.index(i) + 1, "cider": cider[i],
-                "rouge_l": rouge_l(rows[i]["prediction"], rows[i]["reference"]), "tags": tags(rows[i]),
-                "views": [thumbnail(root / "images" / view, pixels) for view in rows[i].get("image_path", [])]}
-             for group, chosen in groups.items() for i in chosen]
-    points = [{"id": row["id"], "at": row["visual_pca"], "abnormal": names_abnormality(row["reference"]),
-               "findings": [name for name, _ in (tags(row) or {"reference": []})["reference"] if name != "No Finding"]}
-              for row in rows if "visual_pca" in row]
-    data = {"points": points, "name": path.stem.removesuffix("_report"), "split": split, "names": METRICS, "config": config.to_dict(),
-            "header": header, "metrics": metrics, "curves": lines, "cases": cases,
-            "tagger": "findings.json" if spec else "CheXbert" if label else None}
-    template = (Path(configs.__file__).parent / "report.html").read_text(encoding="utf-8")
-    text = json.dumps(data).replace("<", "\\u003c")  # nothing in it can end the script that holds it
-    path.write_text(template.replace("/*DATA*/", text), encoding="utf-8")
-
-
 def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: Path,
              written: tuple[dict, dict] | None = None, chexbert: Path | None = None) -> dict:
     """Generate (unless what `write_reports` returned is given) and score one split; write its files into `folder`."""
@@ -695,18 +613,48 @@ def _rows(studies: list[Study], reports: dict[str, str]) -> list[dict]:
             for study in studies]
 
 
-def write_results(folder: Path, name: str, rows: list[dict], config: Config, split: str, train_studies: list[Study],
-                  chexbert: Path | None) -> dict:
+def tag(row: dict, spec: dict | None, label: Callable | None) -> dict[str, list] | None:
+    """What reference and prediction name: {side: [[finding, detail], ...]}; None without a reader."""
+    if spec:
+        named = {"reference": {f["finding"]: (f["side"], f["extent"])
+                               for f in spec["studies"][row["id"]]},
+                 "prediction": named_findings(row["prediction"], spec)}
+        return {side: [[name, " ".join(filter(None, details))] for name, details in found.items()]
+                for side, found in named.items()}
+    if label is None:
+        return None
+    words = {1: "", 3: "uncertain"}
+    return {side: [[name, words[c]] for name, c in zip(CONDITIONS, label([row[side]])[0]) if c in words]
+            for side in ("reference", "prediction")}
+
+
+def write_results(folder: Path, name: str, rows: list[dict], config: Config, split: str,
+                  train_studies: list[Study], chexbert: Path | None) -> dict:
     """Score, print, and write `<name>_metrics.json` and `<name>_report.html`."""
     label = chexbert_labeller(chexbert, folder / f"{name}_chexbert.json") if chexbert else None
     metrics = measure(rows, config, split, [study.report for study in train_studies], label)
-    metrics["sections"] = train_studies[0].sections if train_studies else None  # A19: scores of different ones do not compare
+    # A19: scores of different sections do not compare.
+    metrics["sections"] = train_studies[0].sections if train_studies else None
     if metrics["sections"]:
         metrics["notes"].append(f"reports: the sections {metrics['sections']} (A19)")
-    (folder / f"{name}_metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    write_page(folder / f"{name}_report.html", rows, metrics, config, split, label)
+    text = json.dumps(metrics, indent=1, allow_nan=False)
+    (folder / f"{name}_metrics.json").write_text(text + "\n")
+    draw_page(folder / f"{name}_report.html", rows, metrics, config, split, label)
     print_metrics(metrics, name)
     return metrics
+
+
+def draw_page(path: Path, rows: list[dict], metrics: dict, config: Config, split: str,
+              label: Callable | None = None) -> None:
+    """`<name>_report.html`, by configs/report.py: Tables 1 and 3, the curves, cases as in Fig. 3."""
+    spec = read_findings(config, [row["id"] for row in rows])
+    cider = CiderD([row["reference"] for row in rows]).each([row["prediction"] for row in rows])
+    scored = [row | {"cider": value, "rouge_l": rouge_l(row["prediction"], row["reference"]),
+                     "tags": tag(row, spec, label)} for row, value in zip(rows, cider)]
+    tagger = "findings.json" if spec else "CheXbert" if label else None
+    write_page(path, scored, Path(config.data.root) / "images",
+               {"split": split, "names": METRICS, "config": config.to_dict(), "metrics": metrics,
+                "tagger": tagger})
 
 
 def _read_own(path: Path) -> list[dict]:

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 import evaluate
+from configs import report
+from configs.report import names_abnormality
 from configs import parse_config
 from data import IU_XRAY_FINDINGS, clean_iu_xray
-from evaluate import (FIVE, METRICS, best_constant, bleu, measure, meteor_1_5, named_findings, names_abnormality, precision_recall_f1,
+from evaluate import (FIVE, METRICS, best_constant, bleu, measure, meteor_1_5, named_findings, precision_recall_f1,
                       principal_plane, rouge_l, score, score_clinical, score_findings)
 from model import CONDITIONS
 
@@ -395,7 +397,7 @@ def test_page_escapes_hostile_text_and_survives_missing_images(tmp_path):
     rows = [dict(id=f"{i}{evil}", prediction=evil, reference=evil, image_path=["../../none.png", f"{i}.png"]) for i in range(70)]
     config = config_for(tmp_path)
     metrics = measure(rows, config, "test", [evil])
-    evaluate.write_page(tmp_path / "test_report.html", rows, metrics, config, "test")
+    evaluate.draw_page(tmp_path / "test_report.html", rows, metrics, config, "test")
     text, data = (tmp_path / "test_report.html").read_text(), page_data(tmp_path / "test_report.html")
     assert "<script>alert" not in text and "onerror=" in text and text.count("<script") == 2 and "<img src=x" not in text
     assert data["cases"][0]["prediction"] == evil and data["cases"][0]["views"] == [None, None]
@@ -413,28 +415,28 @@ def test_page_stays_under_3_mb_with_noisy_films_of_many_views(tmp_path):
     for views in (2, 5):
         rows = [dict(id=str(i), prediction=f"no {i} . " * 12, reference="clear . " * 20, image_path=[f"{j % 3}.png" for j in range(views)]) for i in range(60)]
         metrics = measure(rows, config_for(tmp_path), "test", [])
-        evaluate.write_page(tmp_path / "test_report.html", rows, metrics, config_for(tmp_path), "test")
+        evaluate.draw_page(tmp_path / "test_report.html", rows, metrics, config_for(tmp_path), "test")
         assert (tmp_path / "test_report.html").stat().st_size < 3e6
         if views == 2:
             view = page_data(tmp_path / "test_report.html")["cases"][0]["views"][0]
-            assert max(Image.open(io.BytesIO(base64.b64decode(view))).size) == evaluate.PAGE_PIXELS
+            assert max(Image.open(io.BytesIO(base64.b64decode(view))).size) == report.PIXELS
 
 
 def test_curves_are_means_of_equal_pieces(tmp_path):
     lines = [{"versions": {}}] + [{"step": i, "report": float(i), "vse": math.inf if i == 2 else 0.0} for i in range(1, 601)]
     lines.insert(300, {"step": 299, "val": {"BLEU_4": 0.1, "ROUGE_L": 0.2, "CIDEr": 0.3, "distinct": 4}})
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 601, "rep')
-    header, found = evaluate.curves(tmp_path / "log.jsonl")
+    header, found = report.curves(tmp_path / "log.jsonl")
     assert header == {"versions": {}} and len(found["report"]) == 300 and found["report"][:2] == [[2, 1.5], [4, 3.5]]
     assert found["vse"][0] == [2, 0.0] and found["CIDEr"] == [[299, 0.3]] and "did" not in found
-    assert evaluate.curves(tmp_path / "none.jsonl") == (None, {})
+    assert report.curves(tmp_path / "none.jsonl") == (None, {})
 
 
 def test_page_tags_findings(tmp_path):
     (tmp_path / "findings.json").write_text(json.dumps(SPEC))
     predictions = {"a": "left pleural effusion .", "b": "a nodule .", "c": "clear ."}
     rows, config = rows_of(predictions, predictions), config_for(tmp_path, "demo")
-    evaluate.write_page(tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test")
+    evaluate.draw_page(tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test")
     tags = {case["id"]: case["tags"] for case in page_data(tmp_path / "p_report.html")["cases"]}
     assert tags["a"] == {"reference": [["effusion", "left small"]], "prediction": [["effusion", "left"]]}
     assert tags["c"] == {"reference": [], "prediction": []}
@@ -442,7 +444,7 @@ def test_page_tags_findings(tmp_path):
 
     def label(texts):
         return [[3 if name == "Edema" else 1 if name == "Fracture" else 2 for name in CONDITIONS] for _ in texts]
-    evaluate.write_page(tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test", label)
+    evaluate.draw_page(tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test", label)
     assert page_data(tmp_path / "p_report.html")["cases"][0]["tags"]["reference"] == [["Edema", "uncertain"], ["Fracture", ""]]
 
 

@@ -1,0 +1,111 @@
+"""The page of an evaluation: `<split>_report.html`, one self-contained file made from report.html.
+
+What it shows comes from the caller; how it looks stands in the template beside this file.
+"""
+import base64
+import io
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+
+from configs.archives import open_image
+
+CASES, PIXELS = 60, 352  # studies on the page, and the longer side of a view: under 3 MB with two views
+CURVE_POINTS = 300
+STEP_KEYS = ("report", "vse", "did", "did_top1", "pull_report", "pull_vse", "pull_did",
+             "gradient_norm")
+VAL_KEYS = ("BLEU_4", "ROUGE_L", "CIDEr", "distinct")
+NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact", "negative",
+             "stable"}
+
+
+def curves(log: Path) -> tuple[dict | None, dict[str, list]]:
+    """The header of log.jsonl, and {term or validation score: [[step, value], ...]}.
+
+    The values of a term are means over at most CURVE_POINTS equal pieces of the run.
+    """
+    if not log.is_file():
+        return None, {}
+    text = log.read_text(encoding="utf-8").splitlines()
+    header, *lines = [json.loads(line) for line in text if line.endswith("}")]
+    steps, found = [line for line in lines if "report" in line], {}
+    size = max(1, math.ceil(len(steps) / CURVE_POINTS))
+    for start in range(0, len(steps), size):
+        piece = steps[start:start + size]
+        for key in STEP_KEYS:
+            values = [line[key] for line in piece if key in line]
+            if values:
+                found.setdefault(key, []).append([piece[-1]["step"], float(np.mean(values))])
+    for line in lines:
+        for key in VAL_KEYS:
+            if key in line.get("val", {}):
+                found.setdefault(key, []).append([line["step"], line["val"][key]])
+    return header, found
+
+
+def choose_cases(values: list[float]) -> dict[str, list[int]]:
+    """Which studies the page shows: best and worst by `values`, and random ones (seed 0)."""
+    third = min(len(values), CASES) // 3
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    middle = order[third:len(order) - third]
+    chosen = random.Random(0).sample(middle, min(len(middle), CASES - 2 * third))
+    return {"best": order[:third], "worst": order[len(order) - third:][::-1], "random": chosen}
+
+
+def thumbnail(path: Path, pixels: int) -> str | None:
+    """A view as a small JPEG in base64, its aspect kept; None if it is not there."""
+    try:
+        image = open_image(path)
+    except (FileNotFoundError, ValueError):
+        return None
+    image.thumbnail((pixels, pixels))
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=75)
+    return base64.b64encode(jpeg.getvalue()).decode()
+
+
+def names_abnormality(reference: str) -> bool:
+    """A rough reading where no labels are: a sentence with no word that denies or says normal."""
+    sentences = (re.findall(r"[a-z]{2,}", part) for part in reference.lower().split("."))
+    return any(words and not NORMALITY & set(words) for words in sentences)
+
+
+def write_page(path: Path, rows: list[dict], images: Path, shown: dict) -> None:
+    """Write the page of one split.
+
+    Args:
+        rows: a dict a study with id, prediction, reference, image_path, visual_pca where known, cider,
+            rouge_l, and tags: {"reference" | "prediction": [[finding, detail], ...]} or None.
+        images: the folder of the views.
+        shown: split, names (of the metrics), config, metrics, tagger (what read the tags, or None).
+    """
+    order = sorted(range(len(rows)), key=lambda i: -rows[i]["cider"])
+    rank = {i: place + 1 for place, i in enumerate(order)}
+    groups = choose_cases([row["cider"] for row in rows])
+    views = sum(len(rows[i].get("image_path", [])) for group in groups.values() for i in group)
+    pixels = int(PIXELS * min(1, math.sqrt(2 * CASES / max(views, 1))))
+    cases = []
+    for group, chosen in groups.items():
+        for i in chosen:
+            keys = ("id", "reference", "prediction", "cider", "rouge_l", "tags")
+            films = [thumbnail(images / view, pixels) for view in rows[i].get("image_path", [])]
+            cases.append({key: rows[i][key] for key in keys}
+                         | {"group": group, "rank": rank[i], "views": films})
+    points = []
+    for row in rows:
+        named = row["tags"]["reference"] if row["tags"] else []
+        if "visual_pca" in row:
+            points.append({"id": row["id"], "at": row["visual_pca"],
+                           "abnormal": names_abnormality(row["reference"]),
+                           "findings": [name for name, _ in named if name != "No Finding"]})
+    header, lines = curves(path.parent / "log.jsonl")
+    data = shown | {"name": path.stem.removesuffix("_report"), "header": header, "curves": lines,
+                    "cases": cases, "points": points}
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    # Nothing in the data can end the script that holds it.
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    path.write_text(template.replace("/*DATA*/", text), encoding="utf-8")
