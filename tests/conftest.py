@@ -2,16 +2,21 @@
 import json
 import signal
 import sys
+import traceback
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SwinConfig, SwinModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY))
 
 from configs import load_config, parse_config  # noqa: E402
 from model import VDGen, load_model  # noqa: E402
@@ -24,6 +29,43 @@ REPORTS = [
     "A large opacity in the right upper lobe. The heart is normal.",
     "Degenerative changes of the spine. Lungs are clear. No pneumothorax or pleural effusion.",
 ]
+
+
+class ReadBacks(TorchDispatchMode):
+    """Notes in `places` the function of this repository in which a GPU would be waited for.
+
+    Seen are values that go to the host (`item`, `bool`, `tolist`, `numpy`) and results whose size
+    depends on values (`nonzero`, an index of booleans), in a library and in backward as well.
+    """
+    WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select",
+               "aten::_unique2", "aten::equal"}
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.patches = [], ExitStack()
+
+    def note(self) -> None:
+        own = [frame.name for frame in traceback.extract_stack()
+               if Path(frame.filename).parent == REPOSITORY]
+        self.places.append(own[-1] if own else "?")
+
+    def __enter__(self):
+        for name in ("tolist", "numpy"):  # on a CPU these dispatch nothing
+            real = getattr(torch.Tensor, name)
+            self.patches.enter_context(patch.object(
+                torch.Tensor, name, lambda *args, real=real: self.note() or real(*args)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.close()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        indices = args[1] if "index" in function._schema.name and isinstance(args[1], list) else []
+        booleans = any(index is not None and index.dtype == torch.bool for index in indices)
+        if function._schema.name in self.WAITING or booleans:
+            self.note()
+        return function(*args, **(kwargs or {}))
 
 
 def write_swin(folder: Path) -> None:

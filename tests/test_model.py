@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from configs import PROMPT, Generate
-from conftest import REPORTS, library_search, paper_model
+from conftest import REPORTS, ReadBacks, library_search, paper_model
 from losses import did_loss, vse_loss
 from model import Teacher, beam_search, embed_reports, flop_counts, grouped_attention, read_checkpoint
 
@@ -308,6 +308,51 @@ def test_beam_search_equals_the_librarys(make_model, changes):
     assert calls[0] == 24 and calls[-1] < 24 and calls == sorted(calls, reverse=True)  # settled studies leave
 
 
+def test_a_decoding_step_reads_back_once_at_most_on_average(make_model):
+    """None before an end is possible, then one, and one more where a study leaves."""
+    settings = Generate(num_beams=3, min_new_tokens=10, max_new_tokens=20)
+    model = make_model().eval()
+    shake_lora(model, 1.0)
+    model.causal_lm.lm_head.weight.data[model.eos_id] *= 4
+    prompt = torch.randn(24, 9, 32, generator=torch.Generator().manual_seed(1))
+    read, rows = ReadBacks(), []  # as each step, after the prompt's, enters the LLM
+    model.causal_lm.model.register_forward_pre_hook(
+        lambda module, args: rows.append((len(args[-1]), len(read.places))))
+    with read:
+        beam_search(model.causal_lm, prompt, settings, model.eos_id)
+    studies, counts = zip(*rows)
+    assert set(read.places) == {"beam_search"} and len(set(studies)) > 3  # studies leave
+    steps = range(1, len(rows))
+    for step in steps:
+        left = studies[step] < studies[step - 1]
+        expected = 0 if step <= settings.min_new_tokens else 1 + left
+        assert counts[step] - counts[step - 1] == expected, step
+    assert counts[-1] <= len(steps)
+
+
+def test_the_cache_asks_for_its_memory_once(make_model):
+    """Growing makes no copy of it, and a study that leaves gives back none: all stays one tensor."""
+    model = make_model().eval()
+    seen = []
+    settings = Generate(num_beams=3, min_new_tokens=2, max_new_tokens=20)
+    model.causal_lm.lm_head.weight.data[model.eos_id] *= 4
+
+    def note(module, args):
+        cache = args[3]
+        if cache.get_seq_length():
+            layer = cache.layers[0]
+            seen.append((layer.keys.untyped_storage().data_ptr(), layer.keys.shape,
+                         args[1].stride(2), args[1].shape[3]))
+    model.causal_lm.model.register_forward_pre_hook(note)
+    prompt = torch.randn(24, 9, 32, generator=torch.Generator().manual_seed(1))
+    beam_search(model.causal_lm, prompt, settings, model.eos_id)
+    pointers, shapes, strides, widths = zip(*seen)
+    assert len(set(pointers)) == 1 and shapes[-1][0] < 24
+    assert [shape[2] for shape in shapes] == [9 + 3 * step for step in range(len(shapes))]
+    assert widths == tuple(9 + 3 * (step + 1) for step in range(len(shapes)))
+    assert set(strides) == {72}  # 9 + 3 * 19 = 66 keys at most, rounded up to 8's multiple
+
+
 def test_flop_counts_are_those_of_a_step(make_model):
     """Reports of 51 tokens, so that rows are as long as those counted; what has B rows is left out of the count."""
     model = make_model("loss.vse_weight=0", "loss.did_weight=0").eval()
@@ -339,17 +384,29 @@ def test_recomputation_changes_nothing(make_model):
     assert kept[1] < 0.8 * kept[0]
 
 
-def test_grouped_attention_equals_the_librarys(make_model):
-    """Two query heads to a key-value head; a mask of each study's own; and the gradient."""
+@pytest.mark.parametrize("masked", [True, False])
+def test_grouped_attention_equals_a_plain_one(masked):
+    """Two query heads to a key-value head; a mask of each study's own, or none: causal; gradients.
+
+    Without a mask the last 5 of 7 tokens ask: each sees itself and those before it.
+    """
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(3, heads, n, 8, generator=generator, requires_grad=True) for heads, n in ((4, 5), (2, 7), (2, 7)))
-    mask = torch.zeros(3, 1, 5, 7).masked_fill(torch.rand(3, 1, 5, 7, generator=generator) < 0.3, -torch.inf)
-    mask[..., 0] = 0
-    ours, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
-    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    query, key, value = (torch.randn(3, heads, n, 8, generator=generator, requires_grad=True)
+                         for heads, n in ((4, 5), (2, 7), (2, 7)))
+    seen = torch.rand(3, 1, 5, 7, generator=generator) < 0.7
+    seen[..., 0] = True
+    if not masked:
+        seen = (torch.arange(7) <= torch.arange(2, 7)[:, None]).expand(3, 1, 5, 7)
+    mask = torch.zeros(3, 1, 5, 7).masked_fill(~seen, -torch.inf)
+    ours, _ = grouped_attention(torch.nn.Module(), query, key, value, mask if masked else None,
+                                scaling=0.3)
+    keys, values = (rows.repeat_interleave(2, dim=1) for rows in (key, value))
+    theirs = ((query @ keys.mT * 0.3 + mask).softmax(dim=-1) @ values).transpose(1, 2)
     torch.testing.assert_close(ours, theirs)
     weight = torch.randn(ours.shape, generator=generator)
-    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (query, key, value)) for out in (ours, theirs))):
+    gradients = [torch.autograd.grad((heads * weight).sum(), (query, key, value))
+                 for heads in (ours, theirs)]
+    for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 

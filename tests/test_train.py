@@ -13,6 +13,7 @@ import yaml
 
 import train as training
 from configs import parse_config
+from conftest import ReadBacks
 from data import end_in_one_line
 from model import read_checkpoint
 from train import cosine_lr, train
@@ -90,6 +91,29 @@ def test_weights_scale_the_terms(make_config, tmp_path):
     train(make_config("train.max_steps=1", "loss.vse_weight=0.5", "loss.did_weight=3"))
     line = steps_of(tmp_path / "run")[0]
     assert line["total"] == pytest.approx(line["report"] + 0.5 * line["vse"] + 3 * line["did"], abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [(), ("train.recompute=true", "train.precision=bf16")])
+def test_a_step_reads_back_once(make_config, monkeypatch, settings):
+    """From the batch on the device to the line in the log; the optimizer's step is behind it.
+
+    What `report_loss` checks is checked on a CPU only: test_losses.
+    """
+    steps, on_device, log_step = [], training.on_device, training.log_step
+
+    def begin(*args):
+        batch = on_device(*args)
+        steps.append(ReadBacks().__enter__())
+        return batch
+
+    def end(*args):
+        steps[-1].__exit__(None, None, None)
+        log_step(*args)
+    monkeypatch.setattr(training, "on_device", begin)
+    monkeypatch.setattr(training, "log_step", end)
+    train(make_config(*settings))
+    places = [[place for place in step.places if place != "report_loss"] for step in steps]
+    assert places == [["read_back"]] * 4
 
 
 def test_cosine_lr_falls_from_lr_to_min_lr_per_step(make_config):
