@@ -331,7 +331,7 @@ def test_a_decoding_step_reads_back_once_at_most_on_average(make_model):
 
 
 def test_the_cache_asks_for_its_memory_once(make_model):
-    """Growing makes no copy of it, and a study that leaves gives back none: all stays one tensor."""
+    """Growing copies nothing, and a study that leaves gives nothing back: it stays one tensor."""
     model = make_model().eval()
     seen = []
     settings = Generate(num_beams=3, min_new_tokens=2, max_new_tokens=20)
