@@ -22,8 +22,8 @@ import train as training
 from configs import Config, load_config
 from model import VDGen, flop_counts, read_checkpoint
 
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362}
-# NVIDIA's data sheets: bf16 tensor cores, dense
+PEAK_TFLOPS = {  # NVIDIA's data sheets: bf16 tensor cores, dense
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362}
 STEPS, WARM = 12, 4            # of a run; the first ones choose kernels and fill the memory pool
 RESUMED_STEPS, STOP = 4, 2
 STUDIES = 96
@@ -139,8 +139,8 @@ def benchmark_decoding(model: VDGen, attention: str, batch: int, rounds: int) ->
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     usual = median(seconds[1:])
-    print(f"decoding {batch} studies, {attention}: {usual:.2f} s (the first time {seconds[0]:.2f} s)"
-          f", {batch * new / usual:.0f} report tokens/s, {1e3 * usual / new:.1f} ms a step; "
+    print(f"decoding {batch} studies, {attention}: {usual:.2f} s "
+          f"(the first time {seconds[0]:.2f} s), {batch * new / usual:.0f} report tokens/s, {1e3 * usual / new:.1f} ms a step; "
           f"{memory()}", flush=True)
 
 
