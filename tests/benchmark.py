@@ -1,6 +1,7 @@
 """Ours against the textbook step, side by side in one process, alternating, median of several.
 
     python tests/benchmark.py --llm DIR --vision DIR --data DIR [--only training|generation|input|scores|paper] [--rounds 5]
+    python tests/benchmark.py --only gpu     # the paper's sizes on the card of this machine: benchmark_gpu.py
 
 The textbook step is what repositories of this family do: every report padded to the limit, logits and loss over all
 positions, an attention mask, the prompt tokenised and embedded in each step, views encoded one by one, the teacher run in
@@ -292,13 +293,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", default=default, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("training", "generation", "input", "scores", "paper"))
+    parser.add_argument("--only", choices=("training", "generation", "input", "scores", "paper", "gpu"))
     parser.add_argument("--peak", choices=("textbook", "ours", "recompute"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         work = Work(options)
         seconds = [sum(work.step(options.peak == "textbook").values()) for _ in range(3)]
         return print(json.dumps({"GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "seconds": min(seconds)}))
+    if options.only == "gpu":  # needs a card, and nothing else
+        from benchmark_gpu import benchmark_gpu
+        return benchmark_gpu(options)
     for name, part in (("training", benchmark_training), ("generation", benchmark_generation), ("input", benchmark_input),
                        ("scores", benchmark_scores), ("paper", benchmark_paper)):
         if options.only in (None, name):

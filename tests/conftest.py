@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SwinConfig, SwinModel
+from transformers import (AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, SwinConfig, SwinModel)
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -143,14 +144,20 @@ def make_model(make_config):
     return make
 
 
-def paper_model(*overrides: str) -> VDGen:
-    """Sec. 4.1.2: the model of configs/iu_xray.yaml at its published sizes, on the meta device; our prompt's tokenizer."""
-    config = load_config(Path(__file__).parent.parent / "configs/iu_xray.yaml", overrides)
-    with torch.device("meta"):
-        swin = SwinModel(SwinConfig(image_size=224, patch_size=4, window_size=7, embed_dim=128, depths=[2, 2, 18, 2],
-                                    num_heads=[4, 8, 16, 32], attn_implementation="eager"), add_pooling_layer=False)
-        llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008,
-                                             num_hidden_layers=32, num_attention_heads=32)).to(torch.bfloat16)
+def paper_model(*overrides: str, config=None, device: str = "meta") -> VDGen:
+    """Sec. 4.1.2: the model of configs/iu_xray.yaml at its published sizes, with random weights.
+
+    On the meta device it has none. The tokenizer is one of ours.
+    """
+    config = config or load_config(REPOSITORY / "configs/iu_xray.yaml", overrides)
+    attention = "eager" if device == "meta" else "sdpa"
+    with torch.device(device):
+        swin = SwinModel(SwinConfig(
+            image_size=224, patch_size=4, window_size=7, embed_dim=128, depths=[2, 2, 18, 2],
+            num_heads=[4, 8, 16, 32], attn_implementation=attention), add_pooling_layer=False)
+        llama = AutoModelForCausalLM.from_config(LlamaConfig(
+            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+            num_attention_heads=32), dtype=torch.bfloat16)
         return VDGen(config, swin, llama, make_tokenizer()).train()
 
 

@@ -1,9 +1,12 @@
 """The textbook step of the benchmark computes what ours computes; only how differs."""
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from benchmark import textbook_terms
+from conftest import REPOSITORY
 
 from data import ReportDataset, collate, read_studies
 from model import embed_reports
@@ -18,7 +21,7 @@ def test_textbook_step_equals_ours(make_model):
     assert len(set(lengths)) > 1 and max(lengths) == limit
     batch = collate([dataset[i] for i in range(len(studies))])
     y = torch.stack([embed_reports(model, batch["reports"])[text] for text in batch["reports"]])
-    ours = model(batch["images"], batch["view_counts"], batch["report_ids"], batch["report_lengths"], y)
+    ours = model(batch["images"], batch["view_counts"], batch["report_ids"], batch["report_lengths"], y)[0]
     theirs = textbook_terms(model, batch["images"], batch["view_counts"], batch["reports"], limit)
     for name in ("report", "vse"):  # the teacher of the textbook would read the cut report
         assert theirs[name].item() == pytest.approx(ours[name].item(), abs=1e-5), name
@@ -36,5 +39,13 @@ def test_textbook_teacher_equals_ours(make_model):
     dataset = ReportDataset(studies, model.config.data, model.image_size, model.tokenizer)
     batch = collate([dataset[i] for i in range(len(studies))])
     y = torch.stack([embed_reports(model, batch["reports"])[text] for text in batch["reports"]])
-    ours = model(batch["images"], batch["view_counts"], batch["report_ids"], batch["report_lengths"], y)["did"]
+    ours = model(batch["images"], batch["view_counts"], batch["report_ids"], batch["report_lengths"], y)[0]["did"]
     assert textbook_terms(model, batch["images"], batch["view_counts"], batch["reports"], 100)["did"].item() == pytest.approx(ours.item(), abs=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run for minutes")
+def test_gpu_benchmark_without_a_gpu_is_one_line():
+    done = subprocess.run([sys.executable, "tests/benchmark.py", "--only", "gpu"], cwd=REPOSITORY,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: --only gpu: torch sees no CUDA device here\n"
