@@ -6,7 +6,9 @@ The population is every report of train and val, each the reference of one study
 the report, of 50 others drawn at random (seed 0), that shares most of its words: near enough to
 score as a model does, and often wrong. Sets of studies are drawn from it with replacement; each
 gives one interval a score, and one of its difference to a second model, whose report is of 20
-others. F1 needs findings.json in the data.
+others. F1 needs findings.json in the data. Last, seeds are made up for both models: each moves all
+ROUGE-L values of a file by one number, as widely spread as chance in the studies makes the
+difference.
 """
 import argparse
 import json
@@ -74,6 +76,24 @@ def paired_coverage(ours: dict[str, str], theirs: dict[str, str], references: di
     return held({name: a[name] - b[name] for name in a}, points, ends)
 
 
+def seeds_coverage(ours: dict[str, str], theirs: dict[str, str], references: dict[str, str],
+                   spread: float, files: int, sets: int, studies: int) -> dict[str, float]:
+    """The same of ROUGE-L's difference with some files a side, whose seeds deviate by `spread`."""
+    population = [study_statistics(texts, references)["text"] for texts in (ours, theirs)]
+    rng, found = np.random.default_rng(2), []
+    for drawn in drawn_sets(len(references), sets, studies):
+        sides = []
+        for rows in population:
+            seeds = np.zeros((files, 12, 1))
+            seeds[:, 10, 0] = rng.normal(0, spread, files)
+            sides.append([{"text": rows[:, drawn] + seed} for seed in seeds])
+        found.append({"ROUGE_L": compare(*sides)["ROUGE_L"]})
+    points, ends = ([{"ROUGE_L": row["ROUGE_L"][key]} for row in found]
+                    for key in ("difference", "interval"))
+    true = {"ROUGE_L": (population[0][10] - population[1][10]).mean()}
+    return held(true, points, ends)["ROUGE_L"]
+
+
 def drawn_sets(population: int, sets: int, studies: int):
     """(N,) places of the studies of each set, drawn with replacement (seed 1)."""
     rng = np.random.default_rng(1)
@@ -105,8 +125,14 @@ def main() -> None:
     ours, theirs = retrieved(references), retrieved(references, 20)
     size = {"sets": options.sets, "studies": options.studies}
     print(f"{len(references)} studies; {options.sets} sets of {options.studies}")
-    for title, found in (("a score", coverage(ours, references, spec, **size)),
-                         ("a difference", paired_coverage(ours, theirs, references, spec, **size))):
+    scores = coverage(ours, references, spec, **size)
+    differences = paired_coverage(ours, theirs, references, spec, **size)
+    spread = differences["ROUGE_L"]["half"] / 1.96
+    seeds = {}
+    for files in (1, 2, 3, 5):
+        found = seeds_coverage(ours, theirs, references, spread, files, **size)
+        seeds[f"ROUGE_L, {files} a side"] = found
+    for title, found in (("a score", scores), ("a difference", differences), ("of seeds", seeds)):
         print(f"{title:<24}{'true':>10}{'mean of sets':>14}{'half width':>12}{'held':>8}")
         for name, row in found.items():
             print(f"{name:<24}{row['true']:>10.4f}{row['mean']:>14.4f}{row['half']:>12.4f}"
