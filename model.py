@@ -1,7 +1,9 @@
 """VDGen (Sec. 3): a Swin encoder, the heads of VSE and DID, and a Llama decoder with LoRA.
 
-Left out on purpose: a [CLS] token (A6) and any projection on the image side of DID (Eq. 4). The loss functions are in
-losses.py; their sum (Eq. 8) is in the training loop.
+In the paper's order: the model, its decoding (Eq. 7), the teacher (Sec. 3.3), reading and writing
+weights, the labeller of Table 3; last, what several processes share. The loss functions are in
+losses.py; their sum (Eq. 8) is in the training loop. Left out on purpose: a [CLS] token (A6) and any
+projection on the image side of DID (Eq. 4).
 """
 import json
 import os
@@ -10,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partialmethod
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,101 +20,75 @@ from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import (AttentionInterface, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM,
-                          AutoTokenizer, BertConfig, BertModel, BertTokenizer)
+from transformers import (AttentionInterface, AutoConfig, AutoImageProcessor, AutoModel,
+                          AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizer)
 from transformers.cache_utils import Cache, DynamicLayer
 
 from configs import PROMPT, Config, Generate
 from losses import did_loss, own_report_nearest, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher alike
-LIKE_LENGTH = 8           # studies, of like length, pass the LLM together: 14 % fewer tokens than all 16 (the benchmark's batch)
-TEACHER_BATCH = 16        # fixed: the padding of a batch changes results of bfloat16 in the last digit (A5)
-
-
-def ranks() -> tuple[int, int]:
-    """(rank of this process, number of ranks); (0, 1) unless torchrun started it."""
-    group = torch.distributed
-    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
-
-
-def join_ranks() -> None:
-    """Under torchrun: join the group of processes. Ranks behind the first print nothing but their errors."""
-    if "RANK" not in os.environ:
-        return
-    device = None
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group(  # torchrun ends all ranks when one dies; the first may embed reports for hours (A5)
-        "nccl" if device else "gloo", timeout=timedelta(hours=12), device_id=device)
-    if ranks()[0]:
-        sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-
-
-def gathered(rows: Tensor) -> Tensor:
-    """The rows of all ranks, in their order: VSE and DID contrast the whole batch.
-
-    Gradient reaches this rank's own rows, times the number of ranks: each rank computes the same loss from all rows, and
-    what its rows ask for is divided by that number when the ranks' gradients are averaged.
-    """
-    rank, world = ranks()
-    if world == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(world)]
-    torch.distributed.all_gather(parts, rows.detach())
-    parts[rank] = rows.clone()
-    if parts[rank].requires_grad:
-        parts[rank].register_hook(lambda gradient: gradient * world)
-    return torch.cat(parts)
+LIKE_LENGTH = 8  # studies, of like length, pass the LLM together: 14 % fewer tokens than all 16
+TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher
+TEACHER_BATCH = 16  # fixed: the padding of a batch changes bfloat16 results in the last digit (A5)
 
 
 class VDGen(nn.Module):
-    """The whole model. What trains (Swin, norm, heads, projection, LoRA) is float32; the frozen LLM keeps its type.
+    """The whole model. All that trains is float32; the frozen LLM keeps its type.
 
     Args:
         config: see configs/__init__.py.
-        vision: a Hugging Face encoder whose output has `last_hidden_state` (N, S, D), or a map (N, D, h, w) (Sec. 3.1).
+        vision: a Hugging Face encoder whose output has `last_hidden_state` (N, S, D), or a map
+            (N, D, h, w) (Sec. 3.1).
         llm: a Hugging Face causal LM of the Llama architecture (`.model` and an output embedding).
         tokenizer: of that LLM, with a begin and an end token.
-        teacher_width: D_t when `model.teacher` names another encoder; default: the width of the LLM (A5).
+        teacher_width: D_t when `model.teacher` names another encoder; default: the LLM's width (A5).
         image_mean, image_std: what the encoder was pretrained with, three numbers each.
     """
 
-    def __init__(self, config: Config, vision: nn.Module, llm: nn.Module, tokenizer, teacher_width: int | None = None,
-                 image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD):
+    def __init__(self, config: Config, vision: nn.Module, llm: nn.Module, tokenizer,
+                 teacher_width: int | None = None, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        if any(True for _ in getattr(vision, "pooler", None) and vision.pooler.parameters() or ()):
-            vision.pooler = None  # h is a mean over S; a pooler's weights would never be trained
-        self.vision = vision.requires_grad_()  # A11: all of it
-        self.image_size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2, for an encoder that takes any
+
+        # Sec. 3.2: the encoder, all of it trained (A11), and the LayerNorm on X^e (A26)
+        pooler = getattr(vision, "pooler", None)
+        if pooler is not None and any(True for _ in pooler.parameters()):
+            vision.pooler = None  # h is a mean over S: a pooler's weights would never be trained
+        self.vision = vision.requires_grad_()
+        self.image_size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2 where any will do
         hidden = self.encoder_shape()
-        if len(hidden) == 4:
+        is_map = len(hidden) == 4
+        if is_map:
             vision.to(memory_format=torch.channels_last)  # convolutions: a quarter of their time less
-        D, D_h = hidden[1 if len(hidden) == 4 else 2], llm.config.hidden_size
-        self.norm = nn.LayerNorm(D)            # Sec. 3.2, A26
-        self.vse_head = nn.Linear(D, config.model.vse_expansion * D) if config.loss.vse_weight else None    # W1, A4
-        self.did_head = nn.Linear(teacher_width or D_h, D) if config.loss.did_weight else None              # W2
-        self.visual_projection = nn.Linear(D, D_h)                                                          # A7
+        D, D_h = hidden[1 if is_map else 2], llm.config.hidden_size
+        self.norm = nn.LayerNorm(D)
+
+        # The heads: W1 of Sec. 3.2 (A4), W2 of Eq. 5; and X^e to the LLM's width (A7)
+        D_z, D_t = config.model.vse_expansion * D, teacher_width or D_h
+        self.vse_head = nn.Linear(D, D_z) if config.loss.vse_weight else None
+        self.did_head = nn.Linear(D_t, D) if config.loss.did_weight else None
+        self.visual_projection = nn.Linear(D, D_h)
+
+        # Sec. 3.4: the LLM, frozen, with LoRA (Sec. 4.1.2, A12; none: A18)
         llm.requires_grad_(False)
         llm.set_attn_implementation("grouped")
         lora = config.model.lora
         self.llm = llm if lora is None else get_peft_model(llm, LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
-            task_type="CAUSAL_LM"))
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules), task_type="CAUSAL_LM"))
         if config.train.recompute:
             for part in (vision, llm):  # by its name in transformers 5.24, else by its older one
                 getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)()
+
+        # The prompt and the pixels' scale: constants, in no checkpoint
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in PROMPT)
-        for name, values in dict(before_ids=[self.bos_id] + before, after_ids=after,
-                                 image_mean=image_mean, image_std=image_std).items():
-            self.register_buffer(name, torch.tensor(values), persistent=False)
+        self.register_buffer("before_ids", torch.tensor([self.bos_id] + before), persistent=False)
+        self.register_buffer("after_ids", torch.tensor(after), persistent=False)
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -124,38 +99,21 @@ class VDGen(nn.Module):
     def device(self) -> torch.device:
         return self.norm.weight.device
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """A13: bfloat16 autocast, on CUDA and on CPU alike; off with `train.precision: fp32`."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+        enabled = self.config.train.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def encoder_shape(self) -> torch.Size:
-        """(1, S, D), or (1, D, h, w): of one pass on the meta device, as no two families name these sizes alike."""
-        state = {name: value.to("meta") for name, value in self.vision.state_dict(keep_vars=True).items()}
+        """(1, S, D) or (1, D, h, w), from one pass on the meta device: no two families name them alike."""
+        state = self.vision.state_dict(keep_vars=True)
+        state = {name: value.to("meta") for name, value in state.items()}
         image = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
         was_training = self.vision.training
         with torch.no_grad():
             hidden = functional_call(self.vision.eval(), state, image).last_hidden_state
         self.vision.train(was_training)
         return hidden.shape
-
-    def encode(self, images: Tensor, view_counts: list[int]) -> Tensor:
-        """Sec. 3.2: X^e, the visual tokens of each study: Swin, LayerNorm (A26), mean over its views (A8).
-
-        Args:
-            images: (sum of view_counts, 3, H, W) uint8, the views of all studies, one study after the other.
-            view_counts: B numbers >= 1.
-        Returns:
-            (B, S, D) float32.
-        """
-        pixels = (images.float() / 255 - self.image_mean.view(3, 1, 1)) / self.image_std.view(3, 1, 1)
-        tokens = self.norm(_as_tokens(self.vision(pixels).last_hidden_state).float())
-        return torch.stack([views.mean(dim=0) for views in tokens.split(view_counts)])
-
-    def embed_prompt(self, visual_tokens: Tensor) -> Tensor:
-        """Sec. 3.4: BOS, the prompt, and the visual tokens in it, projected to the LLM's width (A7): (B, P, D_h)."""
-        embed, B = self.causal_lm.get_input_embeddings(), len(visual_tokens)
-        before, after = (embed(ids).expand(B, -1, -1) for ids in (self.before_ids, self.after_ids))
-        return torch.cat([before, self.visual_projection(visual_tokens).to(before.dtype), after], dim=1)
 
     def forward(self, images: Tensor, view_counts: list[int], report_ids: Tensor,
                 report_lengths: list[int], teacher_embed: Tensor | None
@@ -165,138 +123,145 @@ class VDGen(nn.Module):
         Args:
             images, view_counts: see `encode`.
             report_ids: (B, L) token ids, end token included (A20), padded on the right with any id.
-            report_lengths: B numbers >= 1, how many of them count; in rising order (see `collate`) least is padded.
-            teacher_embed: (B, D_t) y, one for each report (see `Teacher`); None if `loss.did_weight` is 0.
+            report_lengths: B numbers >= 1, how many of them count; rising, least is padded.
+            teacher_embed: (B, D_t) y of the reports (see `Teacher`); None if `did_weight` is 0.
         Returns:
-            terms: {"report": ..., "vse": ..., "did": ...}, scalars in nats; a term of weight 0 is left out. With
-                several ranks the mean of each over the ranks is the term of the whole batch, and the mean of its
-                gradients the gradient.
+            terms: {"vse": ..., "did": ..., "report": ...}, scalars in nats; one of weight 0 is left
+                out. With several ranks the mean of each over the ranks is the term of the whole
+                batch, and the mean of its gradients the gradient.
             visual_tokens: X^e (B, S, D), at which the gradients of the terms meet.
-            did_top1: share of the images whose own report is the nearest of the batch (chance 1/B); None without DID.
+            did_top1: share of the images whose own report is the nearest of the batch (chance 1/B);
+                None without DID.
         """
-        visual_tokens = self.encode(images, view_counts)
-        visual_embed = visual_tokens.mean(dim=1)  # h
-        terms = {"report": self.report_term(visual_tokens, report_ids, report_lengths)}
-        loss, did_top1 = self.config.loss, None
+        terms, did_top1, loss = {}, None, self.config.loss
+        visual_tokens = self.encode(images, view_counts)  # X^e
+        visual_embed = visual_tokens.mean(dim=1)          # h
         with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
-            if self.vse_head is not None:
+            if self.vse_head is not None:  # Sec. 3.2
                 z = gathered(self.vse_head(visual_embed))
                 terms["vse"] = vse_loss(z, loss.vse_temperature, loss.vse_self_in_denominator)
-            if self.did_head is not None:
-                image_embed, text_embed = gathered(visual_embed), gathered(self.did_head(teacher_embed))
+            if self.did_head is not None:  # Sec. 3.3
+                image_embed = gathered(visual_embed)
+                text_embed = gathered(self.did_head(teacher_embed))
                 terms["did"] = did_loss(image_embed, text_embed, loss.did_temperature)
                 did_top1 = own_report_nearest(image_embed, text_embed).float().mean()
+        terms["report"] = self.report_term(visual_tokens, report_ids, report_lengths)  # Sec. 3.4
         return terms, visual_tokens, did_top1
 
-    def report_term(self, visual_tokens: Tensor, report_ids: Tensor, report_lengths: list[int]) -> Tensor:
-        """Sec. 3.4, Eq. 2: the report loss behind visual tokens (B, S, D). The other arguments: `forward`."""
+    def encode(self, images: Tensor, view_counts: list[int]) -> Tensor:
+        """Sec. 3.2: X^e, the visual tokens of each study: Swin, LayerNorm (A26), mean over views (A8).
+
+        Args:
+            images: (sum of view_counts, 3, H, W) uint8, the views of one study after the other's.
+            view_counts: B numbers >= 1.
+        Returns:
+            (B, S, D) float32.
+        """
+        pixels = (images.float() / 255 - self.image_mean) / self.image_std
+        hidden = self.vision(pixels).last_hidden_state
+        if hidden.dim() == 4:  # a map (N, D, h, w): its h w places are the tokens (Sec. 3.1)
+            hidden = hidden.flatten(2).mT
+        tokens = self.norm(hidden.float())
+        return torch.stack([views.mean(dim=0) for views in tokens.split(view_counts)])
+
+    def embed_prompt(self, visual_tokens: Tensor) -> Tensor:
+        """Sec. 3.4: BOS, the prompt, and in it the visual tokens (B, S, D), projected (A7): (B, P, D_h)."""
+        embed, B = self.causal_lm.get_input_embeddings(), len(visual_tokens)
+        before = embed(self.before_ids).expand(B, -1, -1)
+        after = embed(self.after_ids).expand(B, -1, -1)
+        visual = self.visual_projection(visual_tokens).to(before.dtype)
+        return torch.cat([before, visual, after], dim=1)
+
+    def report_term(self, visual_tokens: Tensor, report_ids: Tensor,
+                    report_lengths: list[int]) -> Tensor:
+        """Sec. 3.4, Eq. 2: the report loss behind visual tokens (B, S, D). Arguments: `forward`."""
         prompt, embed = self.embed_prompt(visual_tokens), self.causal_lm.get_input_embeddings()
         P, hidden, targets = prompt.shape[1], [], []
         for start in range(0, len(report_lengths), LIKE_LENGTH):
-            rows = slice(start, start + LIKE_LENGTH)
-            lengths = report_lengths[rows]
-            ids = report_ids[rows, :max(lengths)]  # each group is padded to its own longest report
-            # The last token predicts nothing. Padding on the right is never seen under a causal mask: no other is needed.
-            inputs = torch.cat([prompt[rows], embed(ids[:, :-1])], dim=1)
-            states = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, P - 1:]
-            hidden += [state[:n] for state, n in zip(states, lengths)]
+            group = slice(start, start + LIKE_LENGTH)
+            lengths = report_lengths[group]
+            ids = report_ids[group, :max(lengths)]  # padded to the longest report of the group
+            # The last token predicts nothing. Padding on the right is never seen under a causal
+            # mask: no other is needed.
+            inputs = torch.cat([prompt[group], embed(ids[:, :-1])], dim=1)
+            states = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            hidden += [row[P - 1:P - 1 + n] for row, n in zip(states, lengths)]
             targets += [row[:n] for row, n in zip(ids, lengths)]
         logits = self.causal_lm.get_output_embeddings()(torch.cat(hidden))  # at report positions only
-        loss = report_loss(logits, torch.cat(targets))
-        if ranks()[1] > 1:  # from the mean over this rank's tokens to its share of the mean over all tokens
-            torch.distributed.all_reduce(total := torch.tensor(sum(report_lengths), device=self.device))
-            loss = loss * sum(report_lengths) * ranks()[1] / total
+        loss, tokens, world = report_loss(logits, torch.cat(targets)), sum(report_lengths), ranks()[1]
+        if world > 1:  # from the mean over this rank's tokens to its share of the mean over all
+            total = torch.full((), tokens, device=self.device)
+            torch.distributed.all_reduce(total)
+            loss = loss * tokens * world / total
         return loss
 
     @torch.no_grad()
     def generate(self, images: Tensor, view_counts: list[int]) -> tuple[list[str], Tensor]:
-        """Eq. 7: write a report for each study, decoded as `generate` in the config says (A14). Arguments: `encode`.
+        """Eq. 7: write a report for each study as `generate` in the config says (A14).
 
-        Returns: B reports, and h (B, D), the visual embeddings of the studies.
+        Arguments: `encode`. Returns: B reports, and h (B, D).
         """
-        with self.autocast(), disable_input_dtype_casting(self.llm):  # PEFT's to float32, which autocast would undo
+        # PEFT would cast to float32, and autocast back.
+        with self.autocast(), disable_input_dtype_casting(self.llm):
             visual_tokens = self.encode(images, view_counts)
-            written = beam_search(self.causal_lm, self.embed_prompt(visual_tokens), self.config.generate, self.eos_id)
+            prompt = self.embed_prompt(visual_tokens)
+            written = beam_search(self.causal_lm, prompt, self.config.generate, self.eos_id)
         return [self.decode(ids) for ids in written.tolist()], visual_tokens.mean(dim=1)
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the end token; padding behind it may be any token (A9)."""
         ids = ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True,
+                                     clean_up_tokenization_spaces=False)
+        return text.strip()
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: everything but the frozen LLM. (Buffers of the encoder, if it has any, included.)"""
-        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        """What a checkpoint holds: everything but the frozen LLM; buffers of the encoder, too."""
+        named = self.named_parameters(remove_duplicate=False)
+        frozen = {name for name, p in named if not p.requires_grad}
         return {name: value for name, value in self.state_dict().items() if name not in frozen}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """The reverse, strictly: ValueError if a tensor is missing, unexpected, or of another shape."""
         own = self.trained_state()
         wrong = sorted(own.keys() ^ state.keys())
-        wrong += sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+        both = sorted(own.keys() & state.keys())
+        wrong += [name for name in both if own[name].shape != state[name].shape]
         if wrong:
-            raise ValueError(f"checkpoint: {len(wrong)} tensors are missing, unexpected or of another shape, first "
-                             f"{wrong[0]}; it was written by a model with other sizes or another `model` section")
+            raise ValueError(f"checkpoint: {len(wrong)} tensors are missing, unexpected or of another "
+                             f"shape, first {wrong[0]}; it was written by a model with other sizes or "
+                             f"another `model` section")
         self.load_state_dict(state, strict=False)
 
 
-def _as_tokens(hidden: Tensor) -> Tensor:
-    """(N, S, D) as it is; of a map (N, D, h, w) the h w places are the tokens (Sec. 3.1)."""
-    return hidden.flatten(2).mT if hidden.dim() == 4 else hidden
-
-
 def load_model(config: Config) -> VDGen:
-    """Read the backbones that `config.model` names; the LLM in the type of `train.precision` (A13), on the CPU.
+    """Read the backbones that `config.model` names, on the CPU; the LLM in its precision (A13).
 
-    Raises FileNotFoundError for a model that is neither a folder nor on the hub, ValueError for one that does not fit.
+    Raises FileNotFoundError for a model that is neither a folder nor on the hub, ValueError for one
+    that does not fit.
     """
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    names = config.model
-    # On a CPU, torch's fused attention takes 2 to 3 times as long for bfloat16 and its gradients as plain products do. On
-    # an H100 it would be cuDNN's, which plans for each new shape, and a beam search meets one in every step.
-    plain = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    names, options = config.model, {}
     if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)  # then it is flash, and with a mask the memory-efficient one
-    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **plain)
+        # cuDNN's attention plans for each new shape, and a beam search meets one in every step.
+        # Without it a mask takes the memory-efficient kernel, and no mask the flash one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:  # the fused kernel takes 2 to 3 times as long for bfloat16 and its gradients on a CPU
+        options["attn_implementation"] = "eager"
+    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **options)
     processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype)
     tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; both are needed (A9)")
+        raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; both "
+                         f"are needed (A9)")
     width = None
     if names.teacher is not None and config.loss.did_weight:
         width = _pretrained(AutoConfig, names.teacher, "model.teacher").hidden_size
     return VDGen(config, vision, llm, tokenizer, width, processor.image_mean, processor.image_std)
 
 
-def flop_counts(model: VDGen) -> dict[str, float]:
-    """Floating-point operations of a training step, forward and backward, counted on the meta device.
-
-    Returns:
-        those of one "image" (encoder), of one "token" that passes the LLM (in a row of a prompt and 50 tokens), of one
-        "report_token" (output layer); and "prompt", the tokens of a prompt. Left out: padding, `train.recompute`, and the
-        projections of the visual tokens and of B rows.
-    """
-    def count(module: nn.Module, *inputs: Tensor, **options) -> tuple[int, Tensor]:
-        state = {name: value.detach().to("meta").requires_grad_(value.requires_grad)
-                 for name, value in chain(module.named_parameters(), module.named_buffers())}
-        with FlopCounterMode(display=False) as counter:
-            output = functional_call(module, state, inputs, options)
-            output = output if isinstance(output, Tensor) else output.last_hidden_state
-            output.sum().backward()
-        return counter.get_total_flops(), output
-    was_training, llm = model.training, model.causal_lm
-    model.eval()
-    image, tokens = count(model.vision, torch.empty(1, 3, model.image_size, model.image_size, device="meta"))
-    prompt = len(model.before_ids) + tokens.shape[1] + len(model.after_ids)
-    T, options = prompt + 50, dict(dtype=llm.dtype, device="meta")
-    states = torch.empty(1, T, llm.config.hidden_size, requires_grad=True, **options)
-    mask = torch.empty(1, 1, T, T, **options)
-    token = count(llm.model, inputs_embeds=states, attention_mask=mask, use_cache=False)[0] / T
-    report_token = count(llm.get_output_embeddings(), states)[0] / T
-    model.train(was_training)
-    return {"image": image, "token": token, "report_token": report_token, "prompt": prompt}
-
+# Decoding (Eq. 7) -----------------------------------------------------------------------------------
 
 def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                       scaling: float, dropout: float = 0.0, **_) -> tuple[Tensor, None]:
@@ -436,6 +401,8 @@ def _of_beams(rows: Tensor, beams: Tensor) -> Tensor:
     return rows.gather(1, beams[..., None].expand(-1, -1, rows.shape[2]))
 
 
+# The teacher (Sec. 3.3, A5) --------------------------------------------------------------------------
+
 @torch.no_grad()
 def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
     """A5: y, the teacher's embedding of each report: the mean of its last hidden states over the report's tokens.
@@ -512,6 +479,8 @@ def _teacher_ids(tokenizer, text: str, is_decoder: bool) -> tuple[Tensor, Tensor
     encoded = tokenizer(text, truncation=True, max_length=TEACHER_MAX_TOKENS, return_special_tokens_mask=True)
     return torch.tensor(encoded.input_ids), ~torch.tensor(encoded.special_tokens_mask, dtype=torch.bool)
 
+
+# Weights from disk ----------------------------------------------------------------------------------
 
 def _pretrained(kind, name: str, key: str, **options):
     try:
@@ -611,3 +580,43 @@ def chexbert_labeller(checkpoint: Path, cache: Path) -> Callable[[list[str]], li
             cache.write_text(json.dumps({"checkpoint": version, "conditions": CONDITIONS, "labels": known}) + "\n")
         return [known[text] for text in texts]
     return label
+
+
+# Several processes ----------------------------------------------------------------------------------
+
+def ranks() -> tuple[int, int]:
+    """(rank of this process, number of ranks); (0, 1) unless torchrun started it."""
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+
+
+def join_ranks() -> None:
+    """Under torchrun: join the group of processes. Ranks behind the first print nothing but their errors."""
+    if "RANK" not in os.environ:
+        return
+    device = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(  # torchrun ends all ranks when one dies; the first may embed reports for hours (A5)
+        "nccl" if device else "gloo", timeout=timedelta(hours=12), device_id=device)
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in their order: VSE and DID contrast the whole batch.
+
+    Gradient reaches this rank's own rows, times the number of ranks: each rank computes the same loss from all rows, and
+    what its rows ask for is divided by that number when the ranks' gradients are averaged.
+    """
+    rank, world = ranks()
+    if world == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world)]
+    torch.distributed.all_gather(parts, rows.detach())
+    parts[rank] = rows.clone()
+    if parts[rank].requires_grad:
+        parts[rank].register_hook(lambda gradient: gradient * world)
+    return torch.cat(parts)

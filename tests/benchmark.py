@@ -15,13 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from PIL import Image
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoImageProcessor
 
@@ -31,7 +34,38 @@ from configs import PROMPT, load_config  # noqa: E402
 from data import ReportDataset, collate, read_image, read_studies  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import did_loss, vse_loss  # noqa: E402
-from model import VDGen, embed_reports, flop_counts, load_model  # noqa: E402
+from model import VDGen, embed_reports, load_model  # noqa: E402
+
+
+def flop_counts(model: VDGen) -> dict[str, float]:
+    """Floating-point operations of a training step, forward and backward, counted on the meta device.
+
+    Returns:
+        those of one "image" (encoder), of one "token" that passes the LLM (in a row of a prompt and 50 tokens), of one
+        "report_token" (output layer); and "prompt", the tokens of a prompt. Left out: padding, `train.recompute`, and the
+        projections of the visual tokens and of B rows.
+    """
+    def count(module: nn.Module, *inputs: Tensor, **options) -> tuple[int, Tensor]:
+        state = {name: value.detach().to("meta").requires_grad_(value.requires_grad)
+                 for name, value in chain(module.named_parameters(), module.named_buffers())}
+        with FlopCounterMode(display=False) as counter:
+            output = functional_call(module, state, inputs, options)
+            output = output if isinstance(output, Tensor) else output.last_hidden_state
+            output.sum().backward()
+        return counter.get_total_flops(), output
+    was_training, llm = model.training, model.causal_lm
+    model.eval()
+    pixels = torch.empty(1, 3, model.image_size, model.image_size, device="meta")
+    image, hidden = count(model.vision, pixels)
+    S = hidden.flatten(2).shape[2] if hidden.dim() == 4 else hidden.shape[1]
+    prompt = len(model.before_ids) + S + len(model.after_ids)
+    T, options = prompt + 50, dict(dtype=llm.dtype, device="meta")
+    states = torch.empty(1, T, llm.config.hidden_size, requires_grad=True, **options)
+    mask = torch.empty(1, 1, T, T, **options)
+    token = count(llm.model, inputs_embeds=states, attention_mask=mask, use_cache=False)[0] / T
+    report_token = count(llm.get_output_embeddings(), states)[0] / T
+    model.train(was_training)
+    return {"image": image, "token": token, "report_token": report_token, "prompt": prompt}
 
 
 def textbook_encode(model: VDGen, images: torch.Tensor, view_counts: list[int]) -> torch.Tensor:

@@ -15,12 +15,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from benchmark import flop_counts
 from conftest import REPORTS, REPOSITORY, paper_model
 from PIL import Image
 
 import train as training
 from configs import Config, load_config
-from model import VDGen, flop_counts, read_checkpoint
+from model import VDGen, read_checkpoint
 
 PEAK_TFLOPS = {  # NVIDIA's data sheets: bf16 tensor cores, dense
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362}

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmark import textbook_terms
+from benchmark import flop_counts, textbook_terms
 from conftest import REPOSITORY
+from test_model import make_batch
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import ReportDataset, collate, read_studies
 from model import embed_reports
@@ -49,3 +51,17 @@ def test_gpu_benchmark_without_a_gpu_is_one_line():
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "error: --only gpu: torch sees no CUDA device here\n"
+
+
+def test_flop_counts_are_those_of_a_step(make_model):
+    """Reports of 51 tokens, so that rows are as long as those counted; what has B rows is left out of the count."""
+    model = make_model("loss.vse_weight=0", "loss.did_weight=0").eval()
+    batch = make_batch(model) | dict(report_ids=torch.randint(4, 20, (4, 51)), report_lengths=[51] * 4)
+    counts = flop_counts(model)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)[0]["report"].backward()
+    tokens = sum(batch["report_lengths"])
+    assert counts["prompt"] == model.embed_prompt(torch.zeros(1, 16, 32)).shape[1]
+    predicted = counts["image"] * 7 + counts["token"] * (4 * (counts["prompt"] - 1) + tokens) + counts["report_token"] * tokens
+    assert predicted == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert {p.device.type for p in model.parameters()} == {"cpu"} and not model.training
