@@ -1,7 +1,7 @@
 """The schema of a config file: one frozen dataclass for each YAML section, and `load_config`.
 
-The defaults are the paper's settings for IU-Xray (Sec. 4.1.2), or our decision where the paper is silent; the
-A-numbers are explained in the README, under "What the paper leaves open". Nothing is read from anywhere but here,
+The defaults are the paper's settings for IU-Xray (Sec. 4.1.2), or our decision where the paper is
+silent; the A-numbers are explained in configs/README.md. Nothing is read from anywhere but here,
 the YAML file and `--set section.key=value`, in that order.
 """
 import copy

@@ -1,7 +1,10 @@
 """The embedded demo: drawn radiographs and reports, and two small pretrained models, all as ordinary files (demo.yaml).
 
+    python -m configs.demo runs/demo      # draw demo_cases.png, the picture of the README
+
 Nothing behind data.py knows that it is a demo.
 """
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
@@ -322,3 +325,98 @@ def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] 
         "studies": truth}))
     (building / "annotation.json").write_text(json.dumps(annotation))
     building.rename(root)
+
+
+# The picture of the README ------------------------------------------------------------------------
+
+FILM, MARGIN, COLUMN, LINE = 288, 20, 460, 30  # pixels; a film at three times its size
+PLAIN, AGREES, DIFFERS = "#1f2328", "#0b5fa5", "#c2410c"
+
+
+def coloured(text: str, other: str, spec: dict) -> list[tuple[str, str]]:
+    """(word, colour) of a cleaned text beside another: what a phrase of `spec` (findings.json) reads
+    as a finding, its side or its extent is AGREES if the other text says so too, else DIFFERS."""
+    from data import named_findings  # data.py imports this module
+    theirs, words = named_findings(other, spec), []
+    for sentence in text.removesuffix(" .").split(" . "):
+        colours = {}
+        for finding, details in named_findings(sentence, spec).items():
+            said = [("phrases", finding, finding in theirs)]
+            for key, ours, own in zip(("sides", "extents"), details, theirs.get(finding, (None,) * 2)):
+                said += [(key, ours, ours == own)] if ours else []
+            colours |= {word: AGREES if agrees else DIFFERS
+                        for key, name, agrees in said for word in spec[key][name]}
+        row = sentence.split()
+        words += [(word + "." * (i == len(row)), colours.get(word, PLAIN))
+                  for i, word in enumerate(row, 1)]
+    return words
+
+
+def write_words(draw: ImageDraw.ImageDraw, words: list[tuple[str, str]], x: int, y: int,
+                font: ImageFont.FreeTypeFont) -> None:
+    """Words in their colours, wrapped to COLUMN; a line under what differs, for who sees no colour."""
+    left, space = x, draw.textlength(" ", font)
+    for word, colour in words:
+        width = draw.textlength(word, font)
+        if left + width > x + COLUMN:
+            left, y = x, y + LINE
+        draw.text((left, y), word, colour, font)
+        if colour == DIFFERS:
+            draw.line([left, y + LINE - 3, left + width, y + LINE - 3], colour, 2)
+        left += width + space
+
+
+def draw_cases(run: Path, root: Path, target: Path) -> None:
+    """Test studies with two views and two findings: the first whose report names both, one, none.
+
+    Args:
+        run: holds test_predictions.jsonl, as training leaves it.
+        root: of the demo's data.
+        target: a PNG. Each row tells how many of the studies with two findings are like it.
+    """
+    from data import named_findings
+    spec = json.loads((root / "findings.json").read_text(encoding="utf-8"))
+    lines = (run / "test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    groups: dict[int, list[dict]] = {2: [], 1: [], 0: []}
+    for row in map(json.loads, lines):
+        there = named_findings(row["reference"], spec).keys()
+        if len(there) == 2:
+            groups[len(there & named_findings(row["prediction"], spec).keys())].append(row)
+    total = sum(map(len, groups.values()))
+    height = FILM + 2 * MARGIN + LINE
+    size = (5 * MARGIN + 2 * FILM + 2 * COLUMN, 3 * height + MARGIN)
+    canvas = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(22)
+    for i, (named, rows) in enumerate(groups.items()):
+        row = next((row for row in rows if len(row["image_path"]) == 2), None)
+        y = i * height + MARGIN
+        title = f"{('Neither', 'One', 'Both')[named]} of two findings named: {len(rows)} of {total} studies"
+        draw.text((MARGIN, y), title + (f", such as {row['id']}" if row else ""), "#59636e", font)
+        if row is None:
+            continue
+        y += LINE + 6
+        for v, path in enumerate(row["image_path"]):
+            film = Image.open(root / "images" / path).resize((FILM, FILM), Image.Resampling.NEAREST)
+            canvas.paste(film, (MARGIN + v * (FILM + 4), y))
+        x = 2 * MARGIN + 2 * FILM + 8
+        for heading, key, other in (("Reference", "reference", "prediction"),
+                                    ("Report", "prediction", "reference")):
+            draw.text((x, y), heading, "#59636e", font)
+            write_words(draw, coloured(row[key], row[other], spec), x, y + LINE + 6, font)
+            x += COLUMN + MARGIN + 8
+    small = canvas.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    small.save(target, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw three cases of a run of the demo.")
+    parser.add_argument("run", type=Path, help="the folder of the run, such as runs/demo")
+    parser.add_argument("--data", type=Path, default="data/demo", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("demo_cases.png"),
+                        help="default: %(default)s")
+    args = parser.parse_args()
+    draw_cases(args.run, args.data, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
-"""The losses against loops written from the equations, in float64, and against closed forms (STYLE: t near 0.5)."""
+"""The losses against loops written from the equations, in float64, and against closed forms (temperatures near 0.5:
+at 0.07 that of DID is about 1e-6, and pins nothing)."""
 import math
 
 import pytest
