@@ -167,7 +167,7 @@ def compare(model: VDGen, splits: dict[str, list[Study]], split: str,
             checkpoint: Path | None) -> None:
     """Encode, fit and print."""
     config, train, studies = model.config, splits["train"], splits[split]
-    spec = read_findings(config, [study.id for study in train + studies])
+    spec = read_findings(config, [study.id for study in (*train, *studies)])
     if spec is None:
         raise ValueError(f"data.root: there is no findings.json in {config.data.root}; "
                          "`python data.py iu_xray` adds it")
