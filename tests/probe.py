@@ -39,17 +39,17 @@ BATCH, SHUFFLES = 16, 20  # of DID: Sec. 4.1.2; every study is in as many batche
 
 @torch.no_grad()
 def encode(model: VDGen, studies: list[Study]) -> Tensor:
-    """h of each study: (N, D) float32 on the CPU."""
+    """h of each study, in their order: (N, D) float32 on the CPU."""
     data, train = model.config.data, model.config.train
     dataset = ReportDataset(studies, data, model.image_size, model.tokenizer)
     loader = DataLoader(dataset, train.eval_batch_size, collate_fn=collate,
                         num_workers=data.num_workers)
-    rows = []
+    rows = {}  # a batch has an order of its own
     for batch in tqdm(loader, desc="encode", unit="batch", leave=False):
         with model.autocast():
             tokens = model.encode(batch["images"].to(model.device), batch["view_counts"])
-        rows.append(tokens.mean(dim=1).cpu())
-    return torch.cat(rows)
+        rows |= zip(batch["ids"], tokens.mean(dim=1).cpu())
+    return torch.stack([rows[study.id] for study in studies])
 
 
 def fit(h: Tensor, true: Tensor, l2: float) -> tuple[Tensor, Tensor]:

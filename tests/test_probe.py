@@ -4,13 +4,14 @@ import math
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import probe
 import pytest
 import torch
 
-from data import IU_XRAY_FINDINGS, named_findings, read_studies
+from data import IU_XRAY_FINDINGS, named_findings, read_image, read_studies
 from train import train
 
 
@@ -21,6 +22,17 @@ def draw(n, D, L, seed=0):
     weight = torch.randn(D, L, generator=torch.Generator().manual_seed(9))
     true = (h @ weight > 0.5 * (h @ weight).std(dim=0)).float()
     return 7 + h * torch.logspace(-3, 3, D), true
+
+
+def test_encode_keeps_the_order_of_the_studies(make_model):
+    model = make_model().eval()
+    studies = read_studies(model.config.data)["train"][:5]
+    size, images = model.image_size, Path(model.config.data.root) / "images"
+    for study, h in zip(studies, probe.encode(model, studies), strict=True):
+        views = torch.stack([read_image(images / path, size) for path in study.image_paths])
+        with torch.no_grad():
+            alone = model.encode(views, [len(views)]).mean(dim=1)[0]
+        assert torch.allclose(h, alone, atol=1e-5), study.id
 
 
 def test_auc_equals_a_double_loop_with_ties():
