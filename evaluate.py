@@ -1,12 +1,13 @@
-"""Generate the reports of a split, score them, and write what was found beside the checkpoint (Sec. 4.1.3, Table 1).
+"""Generate the reports of a split, score them, and write what was found (Sec. 4.1.3, Table 1).
 
-    python evaluate.py --checkpoint runs/iu_xray/best.pt [--split test] [--chexbert chexbert.pth] [--set section.key=value ...]
-    python evaluate.py --predictions runs/iu_xray/test_predictions.jsonl         # score again, no model needed
-    python evaluate.py --predictions theirs.json --config configs/iu_xray.yaml   # {id: text} or {id: [text]}
+    python evaluate.py --checkpoint runs/iu_xray/best.pt [--split test] [--chexbert chexbert.pth]
+    python evaluate.py --predictions runs/iu_xray/test_predictions.jsonl     # again, without a model
+    python evaluate.py --predictions theirs.json --config configs/iu_xray.yaml         # {id: text}
     python evaluate.py --predictions A.jsonl [A2.jsonl ...] --against B.jsonl [B2.jsonl ...]
-    python evaluate.py --checkpoint runs/iu_xray/best.pt --images frontal.png lateral.png    # write one report
+    python evaluate.py --checkpoint runs/iu_xray/best.pt --images frontal.png lateral.png
 
-The scores equal pycocoevalcap's on the same strings. References are cleaned when the data is read; nothing here cleans.
+The last writes one report. The scores equal pycocoevalcap's on the same strings. References are
+cleaned when the data is read; nothing here cleans.
 """
 import argparse
 import json
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
@@ -32,7 +33,8 @@ from configs import Config, load_config, parse_config
 from configs.report import write_page
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
                   named_findings, read_image, read_studies)
-from model import CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks, read_checkpoint
+from model import (CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks,
+                   read_checkpoint)
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 PAPER = {  # Tables 1 and 3, the rows of VDGen; all on the test split
@@ -40,30 +42,32 @@ PAPER = {  # Tables 1 and 3, the rows of VDGen; all on the test split
     "mimic_cxr": dict(zip(METRICS, (0.418, 0.274, 0.190, 0.136, 0.164, 0.301, 0.162)))
     | {"clinical": {"precision": 0.426, "recall": 0.397, "f1": 0.402}},
 }
-FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # the usual five of CheXpert
+FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # CheXpert's
 LABELS = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}
-HEADLINE = ("uncertain_negative", "14", "macro")  # A17: how R2Gen counts, whose rows the paper's Table 3 starts from
+HEADLINE = ("uncertain_negative", "14", "macro")  # A17: as R2Gen, whose rows Table 3 starts from
 MEANS = ("micro", "macro", "example")
 RESAMPLES, TAIL = 1000, 25  # sets of resampled studies; 2.5 % of them on each side of an interval
-METEOR_SECONDS = 600  # looping text of a badly trained model can keep the aligner of METEOR busy for ever
+METEOR_SECONDS = 600  # looping text can keep the aligner of METEOR busy for ever
 
 
-# The scores -----------------------------------------------------------------------------------------------------------
+# The scores ---------------------------------------------------------------------------------------
 
-def score(predictions: dict[str, str], references: dict[str, str], meteor: bool = True) -> dict[str, float]:
-    """Corpus BLEU-1..4, METEOR 1.5, ROUGE-L and CIDEr-D, one reference a study, each equal to pycocoevalcap's.
+def score(predictions: dict[str, str], references: dict[str, str],
+          meteor: bool = True) -> dict[str, float]:
+    """Corpus BLEU-1..4, METEOR 1.5, ROUGE-L and CIDEr-D, one reference a study: pycocoevalcap's.
 
     Args:
         predictions, references: {study id: text}, scored as they are, words split at blanks.
-        meteor: METEOR takes a Java process and some seconds; its key is missing without, or if Java is not there.
+        meteor: METEOR takes a Java process and some seconds; its key is missing without, or if Java
+            is not there.
     Returns:
         the keys of METRICS; CIDEr from 0 to 10, the others from 0 to 1.
     Raises:
         ValueError: no study, or not the same ids on both sides.
     """
     if not references or predictions.keys() != references.keys():
-        raise ValueError(f"score: got {len(predictions)} predictions for {len(references)} references; expected the "
-                         "same ids, at least one")
+        raise ValueError(f"score: got {len(predictions)} predictions for {len(references)} "
+                         "references; expected the same ids, at least one")
     pairs = [(predictions[name], references[name]) for name in references]
     scores = text_totals(text_statistics(pairs))
     if meteor:
@@ -130,12 +134,13 @@ def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
 
 
 def rouge_l(prediction: str, reference: str, beta: float = 1.2) -> float:
-    """ROUGE-L (Lin, 2004): F of the longest common subsequence, recall weighing beta^2 times as much as precision."""
+    """ROUGE-L (Lin, 2004): F of the longest common subsequence, recall weighing beta^2 times as much."""
     ours, theirs = prediction.split(" "), reference.split(" ")
     places: dict[str, int] = {}
     for i, word in enumerate(ours):
         places[word] = places.get(word, 0) | 1 << i
-    row = everywhere = (1 << len(ours)) - 1  # Hyyrö's bit-parallel recurrence: zeros of `row` count the common words
+    # Hyyrö's bit-parallel recurrence: the zeros of `row` count the common words.
+    row = everywhere = (1 << len(ours)) - 1
     for word in theirs:
         matches = row & places.get(word, 0)
         row = (row + matches | row - matches) & everywhere
@@ -145,20 +150,30 @@ def rouge_l(prediction: str, reference: str, beta: float = 1.2) -> float:
 
 
 class CiderD:
-    """CIDEr-D (Vedantam et al., 2015): clipped tf-idf cosine of 1- to 4-grams with a Gaussian penalty on length, times
-    10. The idf comes from the references given here; sigma is 6 bigrams, as in coco-caption."""
+    """CIDEr-D (Vedantam et al., 2015): clipped tf-idf cosine of 1- to 4-grams, times 10.
+
+    A Gaussian penalty on the difference in length, sigma 6 bigrams, as in coco-caption. The idf comes
+    from the references given here.
+    """
 
     def __init__(self, references: list[str]):
-        frequency = Counter(gram for text in references for counts in _ngram_counts(text) for gram in counts)
+        frequency = Counter()
+        for text in references:
+            for counts in _ngram_counts(text):
+                frequency.update(counts.keys())
         self.log_studies = math.log(len(references))
         self.idf = {gram: self.log_studies - math.log(count) for gram, count in frequency.items()}
         self.references = [self._vector(text) for text in references]
 
-    def _vector(self, text: str):
+    def _vector(self, text: str) -> tuple[list[dict], list[float], int]:
         """For each n: weights and norm; and the number of bigrams."""
-        counts = _ngram_counts(text)
-        weights = [{gram: count * self.idf.get(gram, self.log_studies) for gram, count in c.items()} for c in counts]
-        return weights, [math.sqrt(sum(w * w for w in vector.values())) for vector in weights], counts[1].total()
+        weights, norms = [], []
+        for counts in _ngram_counts(text):
+            vector = {gram: count * self.idf.get(gram, self.log_studies)
+                      for gram, count in counts.items()}
+            weights.append(vector)
+            norms.append(math.sqrt(sum(weight * weight for weight in vector.values())))
+        return weights, norms, _ngram_counts(text)[1].total()
 
     def __call__(self, predictions: list[str]) -> float:
         """Mean over the studies."""
@@ -180,18 +195,21 @@ class CiderD:
 
 
 def meteor_1_5(corpora: list[list[tuple[str, str]]]) -> list[float]:
-    """METEOR 1.5 (Denkowski and Lavie, 2014) of each list of (prediction, reference) pairs, by its own Java program.
+    """METEOR 1.5 (Denkowski and Lavie, 2014) of each list of (prediction, reference) pairs.
 
-    One process for all of them: it loads its tables for seconds. It is ended whatever happens, after METEOR_SECONDS at
-    the latest. Raises RuntimeError with the reason if Java or the program (in pycocoevalcap) is not there, or it failed.
+    By its own Java program, in one process for all of them: it loads its tables for seconds. It is
+    ended whatever happens, after METEOR_SECONDS at the latest. Raises RuntimeError with the reason if
+    Java or the program (in pycocoevalcap) is not there, or it failed.
     """
     package = find_spec("pycocoevalcap")
-    jar = Path(package.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar" if package else None
-    if shutil.which("java") is None or jar is None or not jar.is_file():
-        raise RuntimeError("needs Java and `pip install pycocoevalcap`; at least one of them is not there")
+    jar = package and Path(package.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"
+    if shutil.which("java") is None or not jar or not jar.is_file():
+        raise RuntimeError("needs Java and `pip install pycocoevalcap`; at least one of them is not "
+                           "there")
     command = ["java", "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
-    process = subprocess.Popen(command, cwd=jar.parent, text=True, encoding="utf-8", bufsize=1,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=jar.parent, text=True, encoding="utf-8", bufsize=1,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     watchdog = threading.Timer(METEOR_SECONDS, process.kill)
     watchdog.start()
 
@@ -206,13 +224,16 @@ def meteor_1_5(corpora: list[list[tuple[str, str]]]) -> list[float]:
         scores = []
         for pairs in corpora:
             texts = [[" ".join(text.replace("|||", "").split()) for text in pair] for pair in pairs]
-            stats = [ask(f"SCORE ||| {reference} ||| {prediction}") for prediction, reference in texts]
-            answers = [ask("EVAL ||| " + " ||| ".join(stats))] + [ask() for _ in pairs]  # each study, then the corpus
+            statistics = [ask(f"SCORE ||| {reference} ||| {prediction}")
+                          for prediction, reference in texts]
+            ask("EVAL ||| " + " ||| ".join(statistics))
+            answers = [ask() for _ in pairs]  # the studies behind the first, then the corpus
             scores.append(float(answers[-1]))
         return scores
     except (BrokenPipeError, ValueError):
-        raise RuntimeError(f"its program stopped after {'the limit of' if not watchdog.is_alive() else 'less than'} "
-                           f"{METEOR_SECONDS} seconds (looping text can keep it busy for ever)") from None
+        when = "less than" if watchdog.is_alive() else "the limit of"
+        raise RuntimeError(f"its program stopped after {when} {METEOR_SECONDS} seconds (looping text "
+                           f"can keep it busy for ever)") from None
     finally:
         watchdog.cancel()
         process.kill()
@@ -220,31 +241,33 @@ def meteor_1_5(corpora: list[list[tuple[str, str]]]) -> list[float]:
 
 
 def best_constant(train_reports: list[str]) -> str:
-    """The one report that, given for every study, scores highest: what a model must beat to have looked at an image.
+    """The one report that, given for every study, scores highest: what any model must beat.
 
-    Of the 100 most frequent training reports the one with the highest (BLEU-4 + CIDEr) / 2 on at most 1,000 training
-    studies (seed 0).
+    Of the 100 most frequent training reports the one with the highest (BLEU-4 + CIDEr) / 2 on at
+    most 1,000 training studies (seed 0).
     """
     sample = random.Random(0).sample(train_reports, min(1000, len(train_reports)))
     cider = CiderD(sample)
-    candidates = [text for text, _ in sorted(Counter(train_reports).items(), key=lambda item: (-item[1], item[0]))[:100]]
+    frequent = sorted(Counter(train_reports).items(), key=lambda item: (-item[1], item[0]))
+    candidates = [text for text, _ in frequent[:100]]
 
     def value(text: str) -> float:
         return bleu([(text, reference) for reference in sample])[3] + cider([text] * len(sample))
     return max(tqdm(candidates, desc="best constant", leave=False), key=value)
 
 
-# Clinical efficacy (Table 3), and findings for data that comes with findings.json -------------------------------------
+# Clinical efficacy (Table 3), and findings for data that comes with findings.json ------------------
 
 def precision_recall_f1(named: np.ndarray, true: np.ndarray, labels: list[str]) -> dict:
-    """Precision, recall and F1 of (N, L) bool matrices, N studies and L labels; 0 / 0 is 0, as in R2Gen and its heirs.
+    """Precision, recall and F1 of (N, L) bool matrices, N studies, L labels; 0 / 0 is 0, as in R2Gen.
 
-    micro_*: of all pairs of study and label; macro_*: mean over the labels; example_*: mean over the studies;
+    micro_*: of all pairs of study and label; macro_*: mean over labels; example_*: mean over studies;
     each: for every label, with the number of studies in which it is true.
     """
     def scores(axis: int | None) -> tuple[np.ndarray, ...]:
         both, ours, theirs = (named & true).sum(axis), named.sum(axis), true.sum(axis)
-        return both / np.maximum(ours, 1), both / np.maximum(theirs, 1), 2 * both / np.maximum(ours + theirs, 1)
+        return (both / np.maximum(ours, 1), both / np.maximum(theirs, 1),
+                2 * both / np.maximum(ours + theirs, 1))
     keys = ("precision", "recall", "f1")
     found = {f"{mean}_{key}": float(np.mean(value)) for mean, axis in zip(MEANS, (None, 0, 1))
              for key, value in zip(keys, scores(axis))}
@@ -253,10 +276,11 @@ def precision_recall_f1(named: np.ndarray, true: np.ndarray, labels: list[str]) 
 
 
 def score_clinical(predictions: list[list[int]], references: list[list[int]]) -> dict:
-    """Table 3 from the classes of CheXbert, (N, 14) each: both readings of "uncertain", with 14, 13 and 5 labels (A17).
+    """Table 3 from CheXbert's classes, (N, 14) each: both readings of "uncertain" (A17).
 
-    Returns: {"uncertain_negative" | "uncertain_positive": {"14" | "13" | "5": see `precision_recall_f1`}}; "13" is
-    without No Finding. The headline, HEADLINE, is the macro average of 14 labels with uncertain as negative.
+    Returns: {"uncertain_negative" | "uncertain_positive": {"14" | "13" | "5": see
+    `precision_recall_f1`}}; "13" is without No Finding. The headline, HEADLINE, is the macro average
+    of 14 labels with uncertain as negative.
     """
     found: dict[str, dict] = {}
     for reading, size, *matrices in clinical_matrices(predictions, references):
@@ -275,29 +299,34 @@ def clinical_matrices(predictions: list[list[int]], references: list[list[int]])
 
 
 def read_findings(config: Config, names) -> dict | None:
-    """findings.json of the data, if there is one: what each study holds, and the phrases that name it."""
+    """findings.json of the data, if there is one: what studies hold, and the phrases that name it."""
     path = Path(config.data.root) / "findings.json"
     spec = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     unknown = [name for name in names if spec and name not in spec["studies"]]
     if unknown:
-        raise ValueError(f"{path}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; it must hold all of them")
+        raise ValueError(f"{path}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; it "
+                         "must hold all of them")
     return spec
 
 
 def score_findings(predictions: dict[str, str], spec: dict) -> dict:
     """`precision_recall_f1` of findings, present or not.
 
-    macro_f1_frequent and _rare: over the half of the findings with most studies, and the other (the long tail, Sec. 1).
-    `side` and `extent` are apart: the share named right, of the findings that are there, were named, and have one.
+    macro_f1_frequent and _rare: over the half of the findings with most studies, and the other (the
+    long tail, Sec. 1). `side` and `extent` are apart: the share named right, of the findings that are
+    there, were named, and have one.
     """
     named = [named_findings(text, spec) for text in predictions.values()]
-    true = [{f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][name]} for name in predictions]
+    true = [{f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][name]}
+            for name in predictions]
     labels = list(spec["phrases"])
-    present = [np.array([[label in row for label in labels] for row in rows]) for rows in (named, true)]
+    present = [np.array([[label in row for label in labels] for row in rows])
+               for rows in (named, true)]
     found = precision_recall_f1(*present, labels)
     f1 = [row["f1"] for row in sorted(found["each"].values(), key=lambda row: -row["studies"])]
     half = (len(f1) + 1) // 2
-    found |= {"macro_f1_frequent": float(np.mean(f1[:half])), "macro_f1_rare": float(np.mean(f1[half:] or [0]))}
+    found["macro_f1_frequent"] = float(np.mean(f1[:half]))
+    found["macro_f1_rare"] = float(np.mean(f1[half:] or [0]))
     for i, key in enumerate(("side", "extent")):
         right = [ours[label][i] == theirs[label][i] for ours, theirs in zip(named, true)
                  for label in ours.keys() & theirs.keys() if theirs[label][i] is not None]
@@ -435,40 +464,47 @@ def print_comparison(found: dict[str, dict]) -> None:
               f"    [{low:+.4f}, {high:+.4f}]  {'yes' if row['excludes_0'] else 'no':>8}")
 
 
-# An evaluation --------------------------------------------------------------------------------------------------------
+# An evaluation ------------------------------------------------------------------------------------
 
-def write_reports(model: VDGen, studies: list[Study]) -> tuple[dict[str, str], dict[str, list[float]]]:
+def write_reports(model: VDGen,
+                  studies: Sequence[Study]) -> tuple[dict[str, str], dict[str, list[float]]]:
     """Eq. 7 for every study, with a progress bar: {id: report}, and {id: h}."""
-    data, train = model.config.data, model.config.train
+    data, size = model.config.data, model.config.train.eval_batch_size
     dataset = ReportDataset(studies, data, model.image_size, model.tokenizer)
     rank, world = ranks()
-    batches = torch.arange(len(studies)).split(train.eval_batch_size)  # the same for any number of ranks
-    loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
-                        num_workers=data.num_workers, collate_fn=collate, pin_memory=model.device.type == "cuda",
-                        generator=torch.Generator())  # its own: a validation must not change the state of training
+    batches = torch.arange(len(studies)).split(size)  # the same for any number of ranks
+    loader = DataLoader(
+        dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
+        num_workers=data.num_workers, collate_fn=collate, pin_memory=model.device.type == "cuda",
+        generator=torch.Generator())  # its own: a validation must not change the state of training
     was_training, reports, visual_embeds = model.training, {}, {}
     model.eval()
     for batch in tqdm(loader, desc="generate", unit="batch", leave=False):
-        texts, embeds = model.generate(batch["images"].to(model.device, non_blocking=True), batch["view_counts"])
+        images = batch["images"].to(model.device, non_blocking=True)
+        texts, embeds = model.generate(images, batch["view_counts"])
         reports |= zip(batch["ids"], texts)
         visual_embeds |= zip(batch["ids"], embeds.tolist())
     model.train(was_training)
     if world > 1:
-        torch.distributed.all_gather_object(parts := [None] * world, (reports, visual_embeds))
-        reports, visual_embeds = ({name: value for part in half for name, value in part.items()} for half in zip(*parts))
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, (reports, visual_embeds))
+        for some_reports, some_embeds in parts:
+            reports |= some_reports
+            visual_embeds |= some_embeds
     return reports, visual_embeds
 
 
 def principal_plane(embeds: np.ndarray) -> np.ndarray:
     """PCA of visual embeddings scaled to unit length (Eq. 4), as in Fig. 1(c).
 
-    Args: embeds (n, D). Returns: (n, 3): two coordinates, and the squared distance from their plane. The mean of all three
-    squared lengths is the variance: 1 minus the mean cosine of two studies.
+    Args: embeds (n, D). Returns: (n, 3): two coordinates, and the squared distance from their plane.
+    The mean of all three squared lengths is the variance: 1 minus the mean cosine of two studies.
     """
     rows = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
     rows = rows - rows.mean(axis=0)
     _, _, axes = np.linalg.svd(rows, full_matrices=False)
-    axes = np.array([axis * np.sign(axis[np.abs(axis).argmax()]) for axis in axes[:2]])  # its sign is free: the same in every run
+    # The sign of an axis is free: the same in every run.
+    axes = np.array([axis * np.sign(axis[np.abs(axis).argmax()]) for axis in axes[:2]])
     plane = rows @ axes.T
     plane = np.pad(plane, [(0, 0), (0, 2 - plane.shape[1])])  # a split of one study has one axis
     return np.column_stack([plane, np.maximum((rows**2).sum(axis=1) - (plane**2).sum(axis=1), 0)])
@@ -479,9 +515,11 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
     """All scores of an evaluation, in the layout of `<split>_metrics.json`.
 
     Args:
-        rows: one dict a study with id, prediction, reference and, if known, reference_cut (see `evaluate`).
+        rows: one dict a study with id, prediction, reference and, if known, reference_cut (see
+            `evaluate`).
         train_reports: cleaned; empty if the data is not at hand: there is no constant report then.
-        label: from reports to the classes of CheXbert (`chexbert_labeller`); without it there is no `clinical`.
+        label: from reports to the classes of CheXbert (`chexbert_labeller`); without it there is no
+            `clinical`.
     """
     notes: list[str] = []
     predictions = {row["id"]: row["prediction"] for row in rows}
@@ -510,7 +548,8 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
             scores["clinical"] = {"headline": HEADLINE} | score_clinical(*classes)
         return scores
     metrics = tables(predictions)
-    texts = {"predictions": predictions, "references": references} | ({"cut_references": cut} if cut else {})
+    texts = {"predictions": predictions, "references": references}
+    texts |= {"cut_references": cut} if cut else {}
     metrics["mean_words"] = {name: float(np.mean([len(text.split()) for text in part.values()]))
                              for name, part in texts.items()}
     metrics["constant"] = tables(constant) if constant else None
@@ -525,7 +564,8 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
     if metrics["paper"] and split != "test":
         notes.append(f"paper: its row is of the test split, these scores are of {split}")
     if constant is None:
-        notes.append(f"constant: needs the training reports; there is no annotation in {config.data.root}")
+        notes.append(f"constant: needs the training reports; there is no annotation in "
+                     f"{config.data.root}")
     if not cut:
         notes.append("cut_references: need the tokenizer of the LLM; the predictions hold none")
     metrics["notes"] = notes
@@ -533,13 +573,13 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
 
 
 def print_metrics(metrics: dict, name: str) -> None:
-    """The tables: model, best constant report and paper side by side, under both protocols (A16)."""
+    """The tables: model, best constant report and paper side by side, by both protocols (A16)."""
     n, distinct, words = metrics["n"], metrics["distinct"], metrics["mean_words"]
     print(f"\n{name}: {n} studies, {distinct} different reports ({distinct / n:.0%}), "
           f"{words['predictions']:.1f} words a report (references {words['references']:.1f})")
 
     def line(title: str, values) -> None:
-        cells = ("-" if v is None else v if isinstance(v, (str, int)) else format(v, ".3f") for v in values)
+        cells = ["-" if v is None else format(v, ".3f") if isinstance(v, float) else v for v in values]
         print(f"{title:<38}" + "".join(f"{cell:>10}" for cell in cells))
 
     def means(part: dict, mean: str) -> list[float]:
@@ -549,7 +589,8 @@ def print_metrics(metrics: dict, name: str) -> None:
         return ["   95 %: {:.3f} to {:.3f}".format(*part[f"{mean}_f1"])]
     constant, paper = metrics["constant"] or {}, metrics["paper"] or {}
     rows = [("model", metrics), ("best constant report", constant), ("paper, VDGen", paper)]
-    rows += [(f"{title}, cut references", row["cut_references"]) for title, row in rows[:2] if "cut_references" in row]
+    rows += [(f"{title}, cut references", row["cut_references"])
+             for title, row in rows[:2] if "cut_references" in row]
     line("", METRICS)
     for title, row in rows:
         line(title, [row.get(key) for key in METRICS])
