@@ -34,7 +34,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -187,20 +187,33 @@ def require_images(splits: dict[str, Sequence[Study]], data: configs.Data) -> No
 
 
 def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
-    """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum. `name`: what an error calls it.
+    """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum, turned as EXIF says.
 
-    Raises FileNotFoundError, or ValueError for a file that is no whole image.
+    Raises FileNotFoundError, or ValueError for a file that is no whole image, holds several, or
+    more than Pillow's limit of 179 million pixels. `name`: what an error calls it.
     """
     try:
         with Image.open(path) as image:
+            pictures = getattr(image, "n_frames", 1)
+            if pictures > 1 and image.format != "MPO":  # that is a phone's JPEG with a depth map
+                raise ValueError(f"{pictures} pictures in one file, expected one")
+            image.load()
+            with suppress(SyntaxError):  # a broken block of EXIF turns nothing
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "P":
+                image = image.convert("RGBA")  # a palette may hold transparency
             if image.mode[0] in "IF":  # 16 bit, or 32
                 values = np.asarray(image, dtype=np.float32).clip(min=0)
                 image = Image.fromarray((values * (255 / max(values.max(), 1))).round().astype(np.uint8))
             return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"image {name or path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {name or path}: not a whole PNG or JPEG image ({error})") from None
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no known format; export DICOM, HEIC and the like as PNG"
+        raise ValueError(f"image {name or path}: not a whole PNG or JPEG image "
+                         f"({reason})") from None
 
 
 def read_image(path: str | Path, size: int, cache: str | Path | None = None) -> Tensor:
@@ -592,12 +605,14 @@ def check(data: configs.Data) -> list[str]:
                 if owner.setdefault(path, study.id) != study.id:
                     problems.append(f"image {path}: in the studies {owner[path]!r} and {study.id!r}")
     with ProcessPoolExecutor() as pool:
-        found = pool.map(_image_problem, [Path(data.root) / "images" / path for path in owner], chunksize=32)
+        paths = [Path(data.root) / "images" / path for path in owner]
+        found = pool.map(image_problem, paths, chunksize=32)
         problems += [problem for problem in tqdm(found, total=len(owner), desc="images", unit="image") if problem]
     return problems
 
 
-def _image_problem(path: Path) -> str | None:
+def image_problem(path: Path) -> str | None:
+    """What is wrong with an image, in one line, or None."""
     try:
         image = open_image(path)
     except (FileNotFoundError, ValueError) as error:
