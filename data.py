@@ -675,12 +675,18 @@ def main() -> None:
     source = makers["mimic_cxr"].add_mutually_exclusive_group(required=True)
     source.add_argument("--reports", type=Path, help="the folder of mimic-cxr, or mimic-cxr-reports.zip")
     source.add_argument("--annotation", type=Path, help="R2Gen's own annotation.json")
-    makers["mimic_cxr"].add_argument("--sections", choices=("findings", "findings+impression"), default="findings", help="A19")
+    makers["mimic_cxr"].add_argument("--sections", choices=("findings", "findings+impression"),
+                                     help="of --reports (A19); default: findings")
     checker = commands.add_parser("check")
     checker.add_argument("--config", required=True, help="a file of configs/")
     checker.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args()
+    if args.command == "mimic_cxr" and args.annotation and args.sections:
+        raise ValueError("--sections: of no use with --annotation, which holds the reports")
     if args.command == "check":
+        for key in args.set:
+            if not key.startswith("data."):
+                raise ValueError(f"--set {key}: of no use with check; that takes --set data")
         problems = check(configs.load_config(args.config, args.set).data)
         for problem in problems[:50]:
             print(problem)
@@ -698,8 +704,8 @@ def main() -> None:
     elif args.command == "iu_xray":
         build = partial(build_iu_xray, args.out, args.reports, args.images)
     else:
-        build = partial(build_mimic_cxr, args.out, args.jpg, args.reports, args.sections,
-                        args.annotation)
+        build = partial(build_mimic_cxr, args.out, args.jpg, args.reports,
+                        args.sections or "findings", args.annotation)
     build_once(args.out, build)
 
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import configs
 from configs import Config, load_config, parse_config
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  named_findings, open_image, read_image, read_studies)
+                  image_problem, named_findings, open_image, read_image, read_studies)
 from model import CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks, read_checkpoint
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
@@ -666,7 +666,8 @@ def write_page(path: Path, rows: list[dict], metrics: dict, config: Config, spli
             "header": header, "metrics": metrics, "curves": lines, "cases": cases,
             "tagger": "findings.json" if spec else "CheXbert" if label else None}
     template = (Path(configs.__file__).parent / "report.html").read_text(encoding="utf-8")
-    text = json.dumps(data).replace("<", "\\u003c")  # nothing in it can end the script that holds it
+    text = json.dumps(data, allow_nan=False)
+    text = text.replace("<", "\\u003c")  # nothing in it can end the script that holds it
     path.write_text(template.replace("/*DATA*/", text), encoding="utf-8")
 
 
@@ -685,7 +686,8 @@ def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: P
         row["visual_pca"] = [round(float(value), 5) for value in point]
         ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
         row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
-    (folder / f"{split}_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+    (folder / f"{split}_predictions.jsonl").write_text("".join(lines))
     return write_results(folder, split, rows, model.config, split, splits["train"], chexbert)
 
 
@@ -702,7 +704,8 @@ def write_results(folder: Path, name: str, rows: list[dict], config: Config, spl
     metrics["sections"] = train_studies[0].sections if train_studies else None  # A19: scores of different ones do not compare
     if metrics["sections"]:
         metrics["notes"].append(f"reports: the sections {metrics['sections']} (A19)")
-    (folder / f"{name}_metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    text = json.dumps(metrics, indent=1, allow_nan=False)
+    (folder / f"{name}_metrics.json").write_text(text + "\n")
     write_page(folder / f"{name}_report.html", rows, metrics, config, split, label)
     print_metrics(metrics, name)
     return metrics
@@ -710,11 +713,17 @@ def write_results(folder: Path, name: str, rows: list[dict], config: Config, spl
 
 def _read_own(path: Path) -> list[dict]:
     """The rows of a `<split>_predictions.jsonl`."""
+    texts = [None]
     with suppress(ValueError, AttributeError):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if rows and all({"id", "prediction", "reference"} <= row.keys() for row in rows):
-            return rows
-    raise ValueError(f"{path}: expected one JSON object a line, with id, prediction and reference")
+        texts = [row.get(key) for row in rows for key in ("id", "prediction", "reference")]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path}: expected one JSON object a line, with id, prediction and "
+                         "reference")
+    name, times = Counter(row["id"] for row in rows).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{path}: the id {name!r} stands {times} times, expected once")
+    return rows
 
 
 def _read_theirs(path: Path) -> dict[str, str]:
@@ -768,6 +777,9 @@ def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None
     folder, name = ours[0].parent, ours[0].stem.removesuffix("_predictions")
     if config_path is None and (folder / "config.yaml").is_file():
         config_path = folder / "config.yaml"
+    if overrides and not config_path:
+        raise ValueError(f"--set {overrides[0]}: there is no config to change; name one with "
+                         "--config")
     config = load_config(config_path, overrides) if config_path else None
     reports, references = _read_sides([*ours, *theirs], config, split)
     spec = read_findings(config, references) if config else None
@@ -777,7 +789,8 @@ def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None
     found = compare(*sides)
     written = {"a": list(map(str, ours)), "b": list(map(str, theirs)), "n": len(references),
                "scores": nested(found)}
-    (folder / f"{name}_against.json").write_text(json.dumps(written, indent=1) + "\n")
+    text = json.dumps(written, indent=1, allow_nan=False)
+    (folder / f"{name}_against.json").write_text(text + "\n")
     print(f"{len(references)} studies; A: {', '.join(written['a'])}; B: {', '.join(written['b'])}")
     print_comparison(found)
     if 1 in (len(ours), len(theirs)):
@@ -814,6 +827,45 @@ def _read_sides(paths: list[Path], config: Config | None, split: str | None) -> 
     return reports, references
 
 
+# What each mode takes besides its files: flags, and sections or keys of --set.
+TAKES = {
+    "--checkpoint": (["split", "chexbert"],
+                     ["model", "data", "generate", "train.eval_batch_size", "train.precision"]),
+    "--checkpoint and --images": (["images"], ["model", "data", "generate", "train.precision"]),
+    "--predictions with references": (["against", "config", "chexbert"], ["data"]),
+    "--predictions without references": (["against", "config", "split", "chexbert"], ["data"]),
+}
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """ValueError for a flag, or a key of --set, that has no meaning in this mode."""
+    files = [*(args.predictions or ()), *(args.against or ())]
+    bare = all(path.suffix == ".json" for path in files)
+    mode = f"--predictions {'without' if bare else 'with'} references"
+    if args.checkpoint:
+        mode = "--checkpoint and --images" if args.images else "--checkpoint"
+    flags, keys = TAKES[mode]
+    unused = [f"--{name}" for name, value in vars(args).items()
+              if value and name not in ("checkpoint", "predictions", "set", *flags)]
+    unused += [f"--set {given}" for given in args.set
+               if not any(re.match(rf"{re.escape(key)}[.=]", given) for key in keys)]
+    if unused:
+        taken = [f"--{name}" for name in flags] + [f"--set {key}" for key in keys]
+        raise ValueError(f"{unused[0]}: of no use with {mode}; that takes {', '.join(taken)}")
+
+
+def require_views(paths: list[Path]) -> None:
+    """ValueError, before a model is read, for a view that is none, is blank, or is named twice."""
+    seen = {}
+    for path in paths:
+        problem = image_problem(path)
+        if problem:
+            raise ValueError(problem)
+        other = seen.setdefault(path.read_bytes(), path)
+        if other is not path:
+            raise ValueError(f"image {path}: the same picture as {other}; name each view once")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -828,15 +880,15 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="with --predictions: default is config.yaml beside the file")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args()
+    refuse_unused(args)
     if args.against:
-        if not args.predictions:
-            parser.error("--against compares with --predictions")
         return score_against(args.predictions, args.against, args.config, args.set, args.split,
                              args.chexbert)
     if args.predictions:
         if len(args.predictions) > 1:
             parser.error("--predictions takes several files only with --against")
         return score_again(args.predictions[0], args.config, args.set, args.split, args.chexbert)
+    require_views(args.images or [])
     join_ranks()
     checkpoint = read_checkpoint(args.checkpoint)
     config = parse_config(checkpoint["config"], args.set, str(args.checkpoint))
