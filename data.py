@@ -11,6 +11,7 @@ would turn left into right).
 import argparse
 import fcntl
 import json
+import os
 import pickle
 import re
 import sys
@@ -183,8 +184,8 @@ def _study(entry, place: str, dataset: str, seen: set, sections: str | None) -> 
 def require_images(splits: dict[str, Sequence[Study]], data: configs.Data) -> None:
     """The cheap part of `data.py check`: FileNotFoundError if an image is not there."""
     images = Path(data.root) / "images"
-    missing = [path for studies in splits.values() for study in studies
-               for path in study.image_paths if not (images / path).is_file()]
+    paths = (path for studies in splits.values() for study in studies for path in study.image_paths)
+    missing = [path for path in paths if not os.path.isfile(f"{images}/{path}")]
     if missing:
         raise FileNotFoundError(f"{images}: {len(missing)} images of {data.root}/annotation.json "
                                 f"are not there, such as {missing[0]}; `python data.py check "
@@ -326,13 +327,14 @@ def check(data: configs.Data) -> list[str]:
                                     f"{study.id!r}")
     with ProcessPoolExecutor() as pool:
         paths = [Path(data.root) / "images" / path for path in owner]
-        found = pool.map(_image_problem, paths, chunksize=32)
+        found = pool.map(image_problem, paths, chunksize=32)
         found = tqdm(found, total=len(owner), desc="images", unit="image")
         problems += [problem for problem in found if problem]
     return problems
 
 
-def _image_problem(path: Path) -> str | None:
+def image_problem(path: Path) -> str | None:
+    """What is wrong with an image, in one line, or None."""
     try:
         image = open_image(path)
     except (FileNotFoundError, ValueError) as error:
@@ -407,7 +409,7 @@ def parse_arguments() -> argparse.Namespace:
                          help="override the config")
     args = parser.parse_args()
     if args.command == "mimic_cxr" and args.annotation and args.sections:
-        parser.error("--annotation holds its reports: --sections would change nothing")
+        raise ValueError("--sections: of no use with --annotation, which holds the reports")
     return args
 
 
@@ -430,6 +432,9 @@ def make(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_arguments()
     if args.command == "check":
+        for key in args.set:
+            if not key.startswith("data."):
+                raise ValueError(f"--set {key}: of no use with check; that takes --set data")
         problems = check(configs.load_config(args.config, args.set).data)
         for problem in problems[:50]:
             print(problem)

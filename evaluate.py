@@ -1,7 +1,7 @@
 """Generate the reports of a split, score them, and write what was found (Sec. 4.1.3, Table 1).
 
     python evaluate.py --checkpoint runs/iu_xray/best.pt [--split test] [--chexbert chexbert.pth]
-    python evaluate.py --predictions runs/iu_xray/test_predictions.jsonl     # again, without a model
+    python evaluate.py --predictions runs/iu_xray/test_predictions.jsonl    # again, without a model
     python evaluate.py --predictions theirs.json --config configs/iu_xray.yaml         # {id: text}
     python evaluate.py --predictions A.jsonl [A2.jsonl ...] --against B.jsonl [B2.jsonl ...]
     python evaluate.py --checkpoint runs/iu_xray/best.pt --images frontal.png lateral.png
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from configs import Config, load_config, parse_config
 from configs.report import write_page
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  named_findings, read_image, read_studies)
+                  image_problem, named_findings, read_image, read_studies)
 from model import (CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks,
                    read_checkpoint)
 
@@ -134,7 +135,7 @@ def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
 
 
 def rouge_l(prediction: str, reference: str, beta: float = 1.2) -> float:
-    """ROUGE-L (Lin, 2004): F of the longest common subsequence, recall weighing beta^2 times as much."""
+    """ROUGE-L (Lin, 2004): F of the longest common subsequence, recall beta^2 times as heavy."""
     ours, theirs = prediction.split(" "), reference.split(" ")
     places: dict[str, int] = {}
     for i, word in enumerate(ours):
@@ -152,8 +153,8 @@ def rouge_l(prediction: str, reference: str, beta: float = 1.2) -> float:
 class CiderD:
     """CIDEr-D (Vedantam et al., 2015): clipped tf-idf cosine of 1- to 4-grams, times 10.
 
-    A Gaussian penalty on the difference in length, sigma 6 bigrams, as in coco-caption. The idf comes
-    from the references given here.
+    A Gaussian penalty on the difference in length, sigma 6 bigrams, as in coco-caption. The idf
+    comes from the references given here.
     """
 
     def __init__(self, references: list[str]):
@@ -198,14 +199,14 @@ def meteor_1_5(corpora: list[list[tuple[str, str]]]) -> list[float]:
     """METEOR 1.5 (Denkowski and Lavie, 2014) of each list of (prediction, reference) pairs.
 
     By its own Java program, in one process for all of them: it loads its tables for seconds. It is
-    ended whatever happens, after METEOR_SECONDS at the latest. Raises RuntimeError with the reason if
-    Java or the program (in pycocoevalcap) is not there, or it failed.
+    ended whatever happens, after METEOR_SECONDS at the latest. Raises RuntimeError with the reason
+    if Java or the program (in pycocoevalcap) is not there, or it failed.
     """
     package = find_spec("pycocoevalcap")
     jar = package and Path(package.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"
     if shutil.which("java") is None or not jar or not jar.is_file():
-        raise RuntimeError("needs Java and `pip install pycocoevalcap`; at least one of them is not "
-                           "there")
+        raise RuntimeError("needs Java and `pip install pycocoevalcap`; at least one of them is "
+                           "not there")
     command = ["java", "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     process = subprocess.Popen(
         command, cwd=jar.parent, text=True, encoding="utf-8", bufsize=1,
@@ -232,8 +233,8 @@ def meteor_1_5(corpora: list[list[tuple[str, str]]]) -> list[float]:
         return scores
     except (BrokenPipeError, ValueError):
         when = "less than" if watchdog.is_alive() else "the limit of"
-        raise RuntimeError(f"its program stopped after {when} {METEOR_SECONDS} seconds (looping text "
-                           f"can keep it busy for ever)") from None
+        raise RuntimeError(f"its program stopped after {when} {METEOR_SECONDS} seconds (looping "
+                           f"text can keep it busy for ever)") from None
     finally:
         watchdog.cancel()
         process.kill()
@@ -256,12 +257,12 @@ def best_constant(train_reports: list[str]) -> str:
     return max(tqdm(candidates, desc="best constant", leave=False), key=value)
 
 
-# Clinical efficacy (Table 3), and findings for data that comes with findings.json ------------------
+# Clinical efficacy (Table 3), and findings for data that comes with findings.json -----------------
 
 def precision_recall_f1(named: np.ndarray, true: np.ndarray, labels: list[str]) -> dict:
-    """Precision, recall and F1 of (N, L) bool matrices, N studies, L labels; 0 / 0 is 0, as in R2Gen.
+    """Precision, recall and F1 of (N, L) bool matrices, N studies, L labels; 0 / 0 is 0 as in R2Gen
 
-    micro_*: of all pairs of study and label; macro_*: mean over labels; example_*: mean over studies;
+    micro_*: of all pairs of study and label; macro_*: mean over labels; example_*: over studies;
     each: for every label, with the number of studies in which it is true.
     """
     def scores(axis: int | None) -> tuple[np.ndarray, ...]:
@@ -279,8 +280,8 @@ def score_clinical(predictions: list[list[int]], references: list[list[int]]) ->
     """Table 3 from CheXbert's classes, (N, 14) each: both readings of "uncertain" (A17).
 
     Returns: {"uncertain_negative" | "uncertain_positive": {"14" | "13" | "5": see
-    `precision_recall_f1`}}; "13" is without No Finding. The headline, HEADLINE, is the macro average
-    of 14 labels with uncertain as negative.
+    `precision_recall_f1`}}; "13" is without No Finding. The headline, HEADLINE, is the macro
+    average of 14 labels with uncertain as negative.
     """
     found: dict[str, dict] = {}
     for reading, size, *matrices in clinical_matrices(predictions, references):
@@ -299,13 +300,13 @@ def clinical_matrices(predictions: list[list[int]], references: list[list[int]])
 
 
 def read_findings(config: Config, names) -> dict | None:
-    """findings.json of the data, if there is one: what studies hold, and the phrases that name it."""
+    """findings.json of the data, if there is one: what studies hold, and phrases that name it."""
     path = Path(config.data.root) / "findings.json"
     spec = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     unknown = [name for name in names if spec and name not in spec["studies"]]
     if unknown:
-        raise ValueError(f"{path}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; it "
-                         "must hold all of them")
+        raise ValueError(f"{path}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; "
+                         "it must hold all of them")
     return spec
 
 
@@ -313,8 +314,8 @@ def score_findings(predictions: dict[str, str], spec: dict) -> dict:
     """`precision_recall_f1` of findings, present or not.
 
     macro_f1_frequent and _rare: over the half of the findings with most studies, and the other (the
-    long tail, Sec. 1). `side` and `extent` are apart: the share named right, of the findings that are
-    there, were named, and have one.
+    long tail, Sec. 1). `side` and `extent` are apart: the share named right, of the findings that
+    are there, were named, and have one.
     """
     named = [named_findings(text, spec) for text in predictions.values()]
     true = [{f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][name]}
@@ -497,7 +498,7 @@ def write_reports(model: VDGen,
 def principal_plane(embeds: np.ndarray) -> np.ndarray:
     """PCA of visual embeddings scaled to unit length (Eq. 4), as in Fig. 1(c).
 
-    Args: embeds (n, D). Returns: (n, 3): two coordinates, and the squared distance from their plane.
+    Args: embeds (n, D). Returns: (n, 3): two coordinates, the squared distance from their plane.
     The mean of all three squared lengths is the variance: 1 minus the mean cosine of two studies.
     """
     rows = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
@@ -577,62 +578,83 @@ def print_metrics(metrics: dict, name: str) -> None:
     n, distinct, words = metrics["n"], metrics["distinct"], metrics["mean_words"]
     print(f"\n{name}: {n} studies, {distinct} different reports ({distinct / n:.0%}), "
           f"{words['predictions']:.1f} words a report (references {words['references']:.1f})")
-
-    def line(title: str, values) -> None:
-        cells = ["-" if v is None else format(v, ".3f") if isinstance(v, float) else v for v in values]
-        print(f"{title:<38}" + "".join(f"{cell:>10}" for cell in cells))
-
-    def means(part: dict, mean: str) -> list[float]:
-        return [part[f"{mean}_{key}"] for key in ("precision", "recall", "f1")]
-
-    def within(part: dict, mean: str) -> list[str]:
-        return ["   95 %: {:.3f} to {:.3f}".format(*part[f"{mean}_f1"])]
-    constant, paper = metrics["constant"] or {}, metrics["paper"] or {}
-    rows = [("model", metrics), ("best constant report", constant), ("paper, VDGen", paper)]
-    rows += [(f"{title}, cut references", row["cut_references"])
-             for title, row in rows[:2] if "cut_references" in row]
-    line("", METRICS)
-    for title, row in rows:
-        line(title, [row.get(key) for key in METRICS])
+    rows = [("model", metrics), ("best constant report", metrics["constant"] or {}),
+            ("paper, VDGen", metrics["paper"] or {})]
+    cut = [(f"{title}, cut references", row["cut_references"])
+           for title, row in rows if "cut_references" in row]
+    _print_line("", METRICS)
+    for title, row in rows + cut:
+        _print_line(title, [row.get(key) for key in METRICS])
         for i, end in enumerate(("95 % interval from", "to")) if row is metrics else ():
-            line(f"{end:>20}", [row["intervals"].get(key, (None, None))[i] for key in METRICS])
+            ends = [row["intervals"].get(key, (None, None))[i] for key in METRICS]
+            _print_line(f"{end:>20}", ends)
+    scored = [(title, row) for title, row in rows[:2] if row]
     if "findings" in metrics:
-        found = metrics["findings"]
-        print()
-        line("findings", ("precision", "recall", "F1", "studies"))
-        for title, row in found["each"].items():
-            line(title, row.values())
-        for title, row in (("", metrics), (", best constant report", constant)):
-            for mean in MEANS[:2] if row else ():
-                spread = within(row["intervals"]["findings"], mean)
-                line(mean + title, means(row["findings"], mean) + spread)
-        print(f"macro-F1 of the commoner half of the findings {found['macro_f1_frequent']:.3f}, of the rarer "
-              f"{found['macro_f1_rare']:.3f}")
-        print("of the findings named rightly: " + ", ".join(
-            f"{key} right {'-' if found[key] is None else format(found[key], '.3f')}" for key in ("side", "extent")))
+        _print_findings(scored)
     if "clinical" in metrics:
-        reading, size, mean = HEADLINE
-        print()
-        line(f"CheXbert, {size} labels, {mean} (headline)", ("precision", "recall", "F1", "studies"))
-        for title, row in rows[:2]:
-            if row:
-                spread = within(row["intervals"]["clinical"][reading][size], mean)
-                line(title, means(row["clinical"][reading][size], mean) + spread)
-        if "clinical" in paper:
-            line("paper, VDGen (average not stated)", paper["clinical"].values())
-        for title, row in metrics["clinical"][reading][size]["each"].items():
-            line(title, row.values())
-        line("uncertain as", ("negative:", "", "", "positive:"))
-        for size, mean in ((size, mean) for size in metrics["clinical"][reading] for mean in MEANS):
-            line(f"{size} labels, {mean}", [v for part in ("uncertain_negative", "uncertain_positive")
-                                            for v in means(metrics["clinical"][part][size], mean)])
+        _print_clinical(scored, metrics["paper"] or {})
     for note in metrics["notes"]:
         print("note:", note)
 
 
-def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: Path,
+def _print_line(title: str, values) -> None:
+    cells = ["-" if v is None else format(v, ".3f") if isinstance(v, float) else v for v in values]
+    print(f"{title:<38}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+def _means(part: dict, mean: str) -> list[float]:
+    return [part[f"{mean}_{key}"] for key in ("precision", "recall", "f1")]
+
+
+def _within(part: dict, mean: str) -> list[str]:
+    return ["   95 %: {:.3f} to {:.3f}".format(*part[f"{mean}_f1"])]
+
+
+def _print_findings(rows: list[tuple[str, dict]]) -> None:
+    """Each finding of the model; then the means of it and of the best constant report."""
+    found = rows[0][1]["findings"]
+    print()
+    _print_line("findings", ("precision", "recall", "F1", "studies"))
+    for title, row in found["each"].items():
+        _print_line(title, row.values())
+    for title, row in rows:
+        suffix = "" if title == "model" else f", {title}"
+        for mean in MEANS[:2]:
+            spread = _within(row["intervals"]["findings"], mean)
+            _print_line(mean + suffix, _means(row["findings"], mean) + spread)
+    print(f"macro-F1 of the commoner half of the findings {found['macro_f1_frequent']:.3f}, of the "
+          f"rarer {found['macro_f1_rare']:.3f}")
+    shares = {key: "-" if found[key] is None else format(found[key], ".3f")
+              for key in ("side", "extent")}
+    print("of the findings named rightly: "
+          + ", ".join(f"{key} right {share}" for key, share in shares.items()))
+
+
+def _print_clinical(rows: list[tuple[str, dict]], paper: dict) -> None:
+    """Table 3: the headline beside the paper's row, each label, then every other average (A17)."""
+    reading, size, mean = HEADLINE
+    clinical = rows[0][1]["clinical"]
+    print()
+    _print_line(f"CheXbert, {size} labels, {mean} (headline)",
+                ("precision", "recall", "F1", "studies"))
+    for title, row in rows:
+        spread = _within(row["intervals"]["clinical"][reading][size], mean)
+        _print_line(title, _means(row["clinical"][reading][size], mean) + spread)
+    if "clinical" in paper:
+        _print_line("paper, VDGen (average not stated)", paper["clinical"].values())
+    for title, row in clinical[reading][size]["each"].items():
+        _print_line(title, row.values())
+    _print_line("uncertain as", ("negative:", "", "", "positive:"))
+    for size in clinical[reading]:
+        for mean in MEANS:
+            negative, positive = (clinical[part][size]
+                                  for part in ("uncertain_negative", "uncertain_positive"))
+            _print_line(f"{size} labels, {mean}", _means(negative, mean) + _means(positive, mean))
+
+
+def evaluate(model: VDGen, split: str, splits: dict[str, Sequence[Study]], folder: Path,
              written: tuple[dict, dict] | None = None, chexbert: Path | None = None) -> dict:
-    """Generate (unless what `write_reports` returned is given) and score one split; write its files into `folder`."""
+    """Generate (unless `written` holds what `write_reports` returned) and score one split."""
     if not splits[split]:
         raise ValueError(f"--split {split}: the annotation has no such studies; there are "
                          f"{', '.join(name for name, studies in splits.items() if studies)}")
@@ -641,21 +663,23 @@ def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: P
         return {}  # the first rank scores and writes
     limit, tokenizer = model.config.data.reference_cut_tokens, model.tokenizer
     rows = _rows(splits[split], reports)
-    for row, point in zip(rows, principal_plane(np.array([visual_embeds[row["id"]] for row in rows]))):
+    points = principal_plane(np.array([visual_embeds[row["id"]] for row in rows]))
+    for row, point in zip(rows, points):
         row["visual_pca"] = [round(float(value), 5) for value in point]
         ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
         row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
-    (folder / f"{split}_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+    (folder / f"{split}_predictions.jsonl").write_text("".join(lines))
     return write_results(folder, split, rows, model.config, split, splits["train"], chexbert)
 
 
-def _rows(studies: list[Study], reports: dict[str, str]) -> list[dict]:
-    return [{"id": study.id, "prediction": reports[study.id], "reference": study.report, "image_path": list(study.image_paths)}
-            for study in studies]
+def _rows(studies: Sequence[Study], reports: dict[str, str]) -> list[dict]:
+    return [{"id": study.id, "prediction": reports[study.id], "reference": study.report,
+             "image_path": list(study.image_paths)} for study in studies]
 
 
 def tag(row: dict, spec: dict | None, label: Callable | None) -> dict[str, list] | None:
-    """What reference and prediction name: {side: [[finding, detail], ...]}; None without a reader."""
+    """What reference and prediction name: {side: [[finding, detail], ...]}; or None."""
     if spec:
         named = {"reference": {f["finding"]: (f["side"], f["extent"])
                                for f in spec["studies"][row["id"]]},
@@ -665,8 +689,11 @@ def tag(row: dict, spec: dict | None, label: Callable | None) -> dict[str, list]
     if label is None:
         return None
     words = {1: "", 3: "uncertain"}
-    return {side: [[name, words[c]] for name, c in zip(CONDITIONS, label([row[side]])[0]) if c in words]
-            for side in ("reference", "prediction")}
+    tags = {}
+    for side in ("reference", "prediction"):
+        classes = zip(CONDITIONS, label([row[side]])[0])
+        tags[side] = [[name, words[c]] for name, c in classes if c in words]
+    return tags
 
 
 def write_results(folder: Path, name: str, rows: list[dict], config: Config, split: str,
@@ -687,7 +714,7 @@ def write_results(folder: Path, name: str, rows: list[dict], config: Config, spl
 
 def draw_page(path: Path, rows: list[dict], metrics: dict, config: Config, split: str,
               label: Callable | None = None) -> None:
-    """`<name>_report.html`, by configs/report.py: Tables 1 and 3, the curves, cases as in Fig. 3."""
+    """`<name>_report.html`, by configs/report.py: Tables 1 and 3, curves, cases as in Fig. 3."""
     spec = read_findings(config, [row["id"] for row in rows])
     cider = CiderD([row["reference"] for row in rows]).each([row["prediction"] for row in rows])
     scored = [row | {"cider": value, "rouge_l": rouge_l(row["prediction"], row["reference"]),
@@ -700,33 +727,44 @@ def draw_page(path: Path, rows: list[dict], metrics: dict, config: Config, split
 
 def _read_own(path: Path) -> list[dict]:
     """The rows of a `<split>_predictions.jsonl`."""
+    texts = [None]
     with suppress(ValueError, AttributeError):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if rows and all({"id", "prediction", "reference"} <= row.keys() for row in rows):
-            return rows
-    raise ValueError(f"{path}: expected one JSON object a line, with id, prediction and reference")
+        texts = [row.get(key) for row in rows for key in ("id", "prediction", "reference")]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path}: expected one JSON object a line, with id, prediction and "
+                         "reference")
+    name, times = Counter(row["id"] for row in rows).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{path}: the id {name!r} stands {times} times, expected once")
+    return rows
 
 
 def _read_theirs(path: Path) -> dict[str, str]:
     """{id: report} of a JSON {id: report} or {id: [report]}."""
     with suppress(ValueError, AttributeError):
-        reports = {name: [text] if isinstance(text, str) else text for name, text in json.loads(path.read_text(encoding="utf-8")).items()}
-        if reports and all(isinstance(texts, list) and len(texts) == 1 and isinstance(texts[0], str) for texts in reports.values()):
-            return {name: texts[0] for name, texts in reports.items()}
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        reports = {name: text[0] if isinstance(text, list) and len(text) == 1 else text
+                   for name, text in tree.items()}
+        if reports and all(isinstance(text, str) for text in reports.values()):
+            return reports
     raise ValueError(f"{path}: expected one JSON object, {{id: report}} or {{id: [report]}}")
 
 
-def score_again(path: Path, config_path: Path | None, overrides: list[str] = (), split: str | None = None,
-                chexbert: Path | None = None) -> None:
+def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
+                split: str | None = None, chexbert: Path | None = None) -> None:
     """Score a file of predictions without a model.
 
-    `.jsonl`: ours, which holds the references. `.json`: {id: text} or {id: [text]}, as R2GenGPT and its heirs write it;
-    the references are those of a split of `--config`. The config of a file that lies in a run is config.yaml beside it.
+    `.jsonl`: ours, which holds the references. `.json`: {id: text} or {id: [text]}, as R2GenGPT and
+    its heirs write it; the references are those of a split of `--config`. The config of a file that
+    lies in a run is config.yaml beside it.
     """
     config_path = config_path or path.parent / "config.yaml"
-    if not path.is_file() or not config_path.is_file():
-        raise FileNotFoundError(f"--predictions {path}: no such file" if not path.is_file() else f"--predictions {path}: "
-                                f"there is no {config_path}; name the config of its data with --config")
+    if not path.is_file():
+        raise FileNotFoundError(f"--predictions {path}: no such file")
+    if not config_path.is_file():
+        raise FileNotFoundError(f"--predictions {path}: there is no {config_path}; name the config "
+                                f"of its data with --config")
     config = load_config(config_path, overrides)
     name, ours = path.stem.removesuffix("_predictions"), path.suffix != ".json"
     annotation = (Path(config.data.root) / "annotation.json").is_file()
@@ -738,9 +776,9 @@ def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
         reports = _read_theirs(path)
         wrong = reports.keys() ^ {study.id for study in splits[split]}
         if wrong:
-            raise ValueError(f"{path}: {len(reports)} reports for the {len(splits[split])} studies of {split} in "
-                             f"{config.data.root}; {len(wrong)} ids are in one of them only, such as {min(wrong)!r}; "
-                             f"--split names another split")
+            raise ValueError(f"{path}: {len(reports)} reports for the {len(splits[split])} studies "
+                             f"of {split} in {config.data.root}; {len(wrong)} ids are in one of "
+                             f"them only, such as {min(wrong)!r}; --split names another split")
         rows = _rows(splits[split], reports)
     write_results(path.parent, name, rows, config, split, splits["train"], chexbert)
 
@@ -758,6 +796,9 @@ def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None
     folder, name = ours[0].parent, ours[0].stem.removesuffix("_predictions")
     if config_path is None and (folder / "config.yaml").is_file():
         config_path = folder / "config.yaml"
+    if overrides and not config_path:
+        raise ValueError(f"--set {overrides[0]}: there is no config to change; name one with "
+                         "--config")
     config = load_config(config_path, overrides) if config_path else None
     reports, references = _read_sides([*ours, *theirs], config, split)
     spec = read_findings(config, references) if config else None
@@ -767,7 +808,8 @@ def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None
     found = compare(*sides)
     written = {"a": list(map(str, ours)), "b": list(map(str, theirs)), "n": len(references),
                "scores": nested(found)}
-    (folder / f"{name}_against.json").write_text(json.dumps(written, indent=1) + "\n")
+    text = json.dumps(written, indent=1, allow_nan=False)
+    (folder / f"{name}_against.json").write_text(text + "\n")
     print(f"{len(references)} studies; A: {', '.join(written['a'])}; B: {', '.join(written['b'])}")
     print_comparison(found)
     if 1 in (len(ours), len(theirs)):
@@ -799,34 +841,82 @@ def _read_sides(paths: list[Path], config: Config | None, split: str | None) -> 
             own = held.get(path, references)
             wrong = {name for name, text in references.items() if own[name] != text}
         if wrong:
-            raise ValueError(f"{path} and {source}: {len(wrong)} studies, such as {min(wrong)!r}, are in "
-                             "one only or have another reference; both sides need the same")
+            raise ValueError(f"{path} and {source}: {len(wrong)} studies, such as {min(wrong)!r}, "
+                             "are in one only or have another reference; both sides need the same")
     return reports, references
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# What each mode takes besides its files: flags, and sections or keys of --set.
+TAKES = {
+    "--checkpoint": (["split", "chexbert"],
+                     ["model", "data", "generate", "train.eval_batch_size", "train.precision"]),
+    "--checkpoint and --images": (["images"], ["model", "data", "generate", "train.precision"]),
+    "--predictions with references": (["against", "config", "chexbert"], ["data"]),
+    "--predictions without references": (["against", "config", "split", "chexbert"], ["data"]),
+}
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """ValueError for a flag, or a key of --set, that has no meaning in this mode."""
+    files = [*(args.predictions or ()), *(args.against or ())]
+    bare = all(path.suffix == ".json" for path in files)
+    mode = f"--predictions {'without' if bare else 'with'} references"
+    if args.checkpoint:
+        mode = "--checkpoint and --images" if args.images else "--checkpoint"
+    flags, keys = TAKES[mode]
+    unused = [f"--{name}" for name, value in vars(args).items()
+              if value and name not in ("checkpoint", "predictions", "set", *flags)]
+    unused += [f"--set {given}" for given in args.set
+               if not any(re.match(rf"{re.escape(key)}[.=]", given) for key in keys)]
+    if unused:
+        taken = [f"--{name}" for name in flags] + [f"--set {key}" for key in keys]
+        raise ValueError(f"{unused[0]}: of no use with {mode}; that takes {', '.join(taken)}")
+
+
+def require_views(paths: list[Path]) -> None:
+    """ValueError, before a model is read, for a view that is none, is blank, or is named twice."""
+    seen = {}
+    for path in paths:
+        problem = image_problem(path)
+        if problem:
+            raise ValueError(problem)
+        other = seen.setdefault(path.read_bytes(), path)
+        if other is not path:
+            raise ValueError(f"image {path}: the same picture as {other}; name each view once")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run")
     source.add_argument("--predictions", nargs="+", type=Path, metavar="FILE",
                         help="<split>_predictions.jsonl of a run, or a JSON {id: report}")
     parser.add_argument("--against", nargs="+", type=Path, metavar="FILE",
                         help="compare --predictions with these; several files a side are seeds")
-    parser.add_argument("--split", choices=("train", "val", "test"), help="default: test if there is one, else val")
-    parser.add_argument("--chexbert", type=Path, help="chexbert.pth: adds clinical efficacy (Table 3)")
-    parser.add_argument("--images", nargs="+", type=Path, help="the views of one study: print its report")
-    parser.add_argument("--config", type=Path, help="with --predictions: default is config.yaml beside the file")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the config")
+    parser.add_argument("--split", choices=("train", "val", "test"),
+                        help="default: test if there is one, else val")
+    parser.add_argument("--chexbert", type=Path, help="chexbert.pth: clinical efficacy (Table 3)")
+    parser.add_argument("--images", nargs="+", type=Path, help="the views of one study")
+    parser.add_argument("--config", type=Path,
+                        help="with --predictions: default is config.yaml beside the file")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="override the config")
     args = parser.parse_args()
+    refuse_unused(args)
+    if args.predictions and len(args.predictions) > 1 and not args.against:
+        parser.error("--predictions takes several files only with --against")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
     if args.against:
-        if not args.predictions:
-            parser.error("--against compares with --predictions")
         return score_against(args.predictions, args.against, args.config, args.set, args.split,
                              args.chexbert)
     if args.predictions:
-        if len(args.predictions) > 1:
-            parser.error("--predictions takes several files only with --against")
         return score_again(args.predictions[0], args.config, args.set, args.split, args.chexbert)
+    require_views(args.images or [])
     join_ranks()
     checkpoint = read_checkpoint(args.checkpoint)
     config = parse_config(checkpoint["config"], args.set, str(args.checkpoint))
@@ -834,10 +924,12 @@ def main() -> None:
     model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     model.load_trained_state(checkpoint["model"])
     if args.images:
-        views = torch.stack([read_image(path, model.image_size) for path in args.images]).to(model.device)
-        return print(*model.generate(views, [len(views)])[0])
+        views = torch.stack([read_image(path, model.image_size) for path in args.images])
+        reports, _ = model.generate(views.to(model.device), [len(views)])
+        return print(reports[0])
     splits = read_studies(config.data)
-    evaluate(model, args.split or ("test" if splits["test"] else "val"), splits, args.checkpoint.parent, chexbert=args.chexbert)
+    split = args.split or ("test" if splits["test"] else "val")
+    evaluate(model, split, splits, args.checkpoint.parent, chexbert=args.chexbert)
 
 
 if __name__ == "__main__":

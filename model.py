@@ -222,15 +222,21 @@ class VDGen(nn.Module):
         return {name: value for name, value in self.state_dict().items() if name not in frozen}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """The reverse, strictly: ValueError if a tensor is missing, unexpected, or of another shape."""
+        """The reverse, strictly: ValueError if a tensor is missing, unexpected or of another shape.
+
+        The same for one that is not finite.
+        """
         own = self.trained_state()
         wrong = sorted(own.keys() ^ state.keys())
         both = sorted(own.keys() & state.keys())
         wrong += [name for name in both if own[name].shape != state[name].shape]
         if wrong:
             raise ValueError(f"checkpoint: {len(wrong)} tensors are missing, unexpected or of another "
-                             f"shape, first {wrong[0]}; it was written by a model with other sizes or "
-                             f"another `model` section")
+                             f"shape, first {wrong[0]}; it was written by a model with other sizes "
+                             f"or another `model` section")
+        damaged = [name for name, value in state.items() if not value.isfinite().all()]
+        if damaged:
+            raise ValueError(f"checkpoint: {damaged[0]} holds values that are not finite")
         self.load_state_dict(state, strict=False)
 
 

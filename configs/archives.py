@@ -9,11 +9,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
@@ -78,12 +79,22 @@ def _tar_members(path: Path) -> Iterator[Member]:
 
 
 def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
-    """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum.
+    """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum, turned as EXIF says.
 
-    `name` is what an error calls it. Raises FileNotFoundError, or ValueError for no whole image.
+    Raises FileNotFoundError, or ValueError for a file that is no whole image, holds several, or
+    more than Pillow's limit of 179 million pixels. `name`: what an error calls it.
     """
+    broken = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
     try:
         with Image.open(path) as image:
+            pictures = getattr(image, "n_frames", 1)
+            if pictures > 1 and image.format != "MPO":  # that is a phone's JPEG with a depth map
+                raise ValueError(f"{pictures} pictures in one file, expected one")
+            image.load()
+            with suppress(SyntaxError):  # a broken block of EXIF turns nothing
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "P":
+                image = image.convert("RGBA")  # a palette may hold transparency
             if image.mode[0] in "IF":  # 16 bit, or 32
                 values = np.asarray(image, dtype=np.float32).clip(min=0)
                 values = values * (255 / max(values.max(), 1))
@@ -91,8 +102,12 @@ def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
             return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"image {name or path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {name or path}: not a whole PNG or JPEG image ({error})") from None
+    except broken as error:
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no known format; export DICOM, HEIC and the like as PNG"
+        raise ValueError(f"image {name or path}: not a whole PNG or JPEG image "
+                         f"({reason})") from None
 
 
 def shrink_image(source: bytes | Path, name: str, target: Path) -> None:

@@ -14,13 +14,13 @@ import numpy as np
 
 from configs.archives import open_image
 
-CASES, PIXELS = 60, 352  # studies on the page, and the longer side of a view: under 3 MB with two views
+CASES, PIXELS = 60, 352  # studies, and the longer side of a view: under 3 MB with two views each
 CURVE_POINTS = 300
 STEP_KEYS = ("report", "vse", "did", "did_top1", "pull_report", "pull_vse", "pull_did",
              "gradient_norm")
 VAL_KEYS = ("BLEU_4", "ROUGE_L", "CIDEr", "distinct")
-NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact", "negative",
-             "stable"}
+NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact",
+             "negative", "stable"}
 
 
 def curves(log: Path) -> tuple[dict | None, dict[str, list]]:
@@ -78,8 +78,9 @@ def write_page(path: Path, rows: list[dict], images: Path, shown: dict) -> None:
     """Write the page of one split.
 
     Args:
-        rows: a dict a study with id, prediction, reference, image_path, visual_pca where known, cider,
-            rouge_l, and tags: {"reference" | "prediction": [[finding, detail], ...]} or None.
+        rows: a dict a study with id, prediction, reference, image_path, visual_pca where known,
+            cider, rouge_l, and tags: {"reference" | "prediction": [[finding, detail], ...]}, or
+            None.
         images: the folder of the views.
         shown: split, names (of the metrics), config, metrics, tagger (what read the tags, or None).
     """

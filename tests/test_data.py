@@ -1,11 +1,14 @@
 """From disk to batches: R2Gen's cleaning and format, images, batches."""
+import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from configs import Data, parse_config
+from configs.archives import open_image
 from conftest import REPORTS, make_tokenizer
 from configs.demo import DEMO_FINDINGS, TOKENS, build_demo, draw_film, draw_findings, write_report
 from data import (Packed, ReportDataset, Study, clean_iu_xray, clean_mimic_cxr, collate,
@@ -151,6 +155,74 @@ def test_read_image_names_what_is_wrong(tmp_path):
         read_image(tmp_path / "none.png", 32)
     with pytest.raises(ValueError, match="not a whole"):
         read_image(tmp_path, 32)
+
+
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6  # the camera lay on its side: a quarter turn clockwise shows it upright
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "16 bit", "cached"])
+def test_exif_rotation_is_applied(tmp_path, kind):
+    pixels = gradient_image(40, 24)
+    lying = np.rot90(pixels)  # counterclockwise
+    if kind == "16 bit":
+        lying = lying.astype(np.uint16) * 257
+    path = tmp_path / ("a.jpg" if kind == "JPEG" else "a.png")
+    Image.fromarray(np.ascontiguousarray(lying)).save(path, exif=ROTATED)
+    cache = tmp_path / "a.npy" if kind == "cached" else None
+    assert open_image(path).size == (24, 40)
+    for _ in range(2):
+        view = read_image(path, 24, cache).float()
+        upright = np.array(Image.fromarray(pixels).resize((24, 24), Image.Resampling.BICUBIC))
+        assert (view - torch.from_numpy(upright)).abs().max() <= (12 if kind == "JPEG" else 1)
+
+
+def png_of(width, height):
+    """A PNG that says it has so many pixels, and holds none."""
+    def chunk(kind, body):
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def pictures(kind, **more):
+    """A file of three pictures."""
+    colour = Image.fromarray(np.stack([gradient_image(24, 20)] * 3, axis=-1))
+    others = [colour.rotate(90 * i, expand=True).resize(colour.size) for i in (1, 2)]
+    colour.save(file := io.BytesIO(), kind, save_all=True, append_images=others, **more)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "(no known format; export DICOM, HEIC and the like as PNG)"),
+    (bytes(128) + b"DICM" + bytes(500), "(no known format; export DICOM, HEIC and the like"),
+    (png_of(20_000, 20_000), "(Image size (400000000 pixels) exceeds limit"),
+    (pictures("GIF"), "(3 pictures in one file, expected one)"),
+    (pictures("PNG"), "(3 pictures in one file, expected one)"),
+    (pictures("TIFF"), "(3 pictures in one file, expected one)"),
+    (None, "(Is a directory)"),
+], ids=["empty", "DICOM", "20,000 x 20,000", "GIF", "APNG", "TIFF", "directory"])
+def test_open_image_refuses_what_is_no_film(tmp_path, content, words):
+    path = tmp_path / "ein Bild \u00fc.png"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        open_image(path)
+    message = str(refused.value)
+    assert message.startswith(f"image {path}: not a whole PNG or JPEG image {words}")
+
+
+def test_open_image_takes_odd_but_whole_films(tmp_path, recwarn):
+    """A phone's JPEG with a second picture, a palette with transparency, a broken block of EXIF."""
+    (tmp_path / "phone.jpg").write_bytes(pictures("MPO"))
+    assert open_image(tmp_path / "phone.jpg").size == (20, 24)
+    grey = Image.fromarray(gradient_image(24, 20))
+    grey.convert("P").save(tmp_path / "palette.png", transparency=bytes(256))
+    assert np.array_equal(np.array(open_image(tmp_path / "palette.png"))[..., 0], np.array(grey))
+    for kind in ("png", "jpg"):
+        grey.save(tmp_path / f"exif.{kind}", exif=b"Exif\0\0garbage, not TIFF")
+        assert open_image(tmp_path / f"exif.{kind}").size == (20, 24)
+    assert not recwarn.list
 
 
 def test_batches_hold_studies_with_differing_numbers_of_views(data_root):

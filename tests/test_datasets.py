@@ -413,6 +413,15 @@ def test_check_names_all_that_is_wrong(tmp_path, monkeypatch, capsys):
         require_images(read_studies(Data(root=str(tmp_path))), Data(root=str(tmp_path)))
 
 
+@pytest.mark.parametrize("arguments, words", [
+    ("mimic_cxr --jpg x --annotation y.json --sections findings", "--sections: of no use with"),
+    ("check --config configs/iu_xray.yaml --set data.limit=2 train.lr=1", "--set train.lr=1: of"),
+])
+def test_a_command_refuses_what_it_does_not_use(monkeypatch, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        run_main(monkeypatch, *arguments.split())
+
+
 def test_train_without_data_says_how_to_make_it(tmp_path):
     for name, command in (("iu_xray", "python data.py iu_xray"), ("mimic_cxr", "python data.py mimic_cxr --jpg DIR --reports DIR")):
         done = subprocess.run([sys.executable, "train.py", "--config", f"configs/{name}.yaml", "--set", f"data.root={tmp_path / 'no'}",

@@ -333,10 +333,15 @@ def test_predictions_score_again_to_the_same_numbers(make_config, tmp_path):
     assert path.read_bytes() == before and metrics["n"] == 5
     rows = [json.loads(line) for line in (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()]
     assert all(row["reference"] == clean_iu_xray(row["reference"].replace(" .", ".")) for row in rows)
-    for junk in ("", "[1]", "{", '{"id": "a"}'):
+    for junk in ("", "[1]", "{", '{"id": "a"}',
+                 '{"id": "a", "prediction": null, "reference": "b"}'):
         (tmp_path / "run/junk_predictions.jsonl").write_text(junk)
         with pytest.raises(ValueError, match="expected one JSON object a line"):
             evaluate.score_again(tmp_path / "run/junk_predictions.jsonl", None)
+    line = (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()[0]
+    (tmp_path / "run/junk_predictions.jsonl").write_text(f"{line}\n{line}\n")
+    with pytest.raises(ValueError, match="the id 'study15' stands 2 times, expected once"):
+        evaluate.score_again(tmp_path / "run/junk_predictions.jsonl", None)
 
 
 def test_predictions_of_peers_score_to_the_same_numbers(make_config, data_root, tmp_path):
@@ -466,6 +471,99 @@ def test_command_line_evaluates_and_writes_one_report(make_config, data_root, tm
     done = subprocess.run([sys.executable, "evaluate.py", "--checkpoint", best, "--split", "val", "--set", "data.limit=2"],
                           capture_output=True, text=True, env={"PATH": "/nowhere", "HOME": str(tmp_path)})
     assert "val: 2 studies" in done.stdout and torch.load(best, weights_only=True)["step"] == 1, done.stderr
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+
+
+@pytest.fixture
+def checkpoint(make_model, tmp_path):
+    model, path = make_model(), tmp_path / "best.pt"
+    torch.save({"model": model.trained_state(), "config": model.config.to_dict()}, path)
+    return path
+
+
+def test_images_that_people_bring_give_a_report(checkpoint, tmp_path, monkeypatch, capsys):
+    """One to seven views, of any usual mode, and names with blanks and letters of any alphabet."""
+    rng, paths = np.random.default_rng(0), []
+    modes = ("L", "RGB", "CMYK", "P", "RGBA", "LA", "1")
+    for i, mode in enumerate(modes):
+        image = Image.fromarray(rng.integers(0, 256, (50, 30 + i, 3), dtype=np.uint8))
+        kind = "jpg" if mode in ("RGB", "CMYK") else "png"
+        paths.append(tmp_path / f"vue {i} \u80ba\u00e9.{kind}")
+        image.convert(mode).save(paths[-1])
+    for views in (paths[:1], paths[2:4], paths):
+        run_main(monkeypatch, "--checkpoint", checkpoint, "--images", *views)
+        assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda a, b: Image.new("RGB", (1, 1), "navy").save(b), "b.png: every pixel has one value"),
+    (lambda a, b: b.write_bytes(a.read_bytes()), "b.png: the same picture as .*a.png; name each"),
+    (lambda a, b: b.write_bytes(b""), "b.png: not a whole PNG or JPEG image"),
+    (lambda a, b: None, "b.png: no such file"),
+], ids=["1 x 1", "twice", "empty", "missing"])
+def test_images_that_people_bring_are_refused_in_one_line(tmp_path, monkeypatch, make, words):
+    """Before the checkpoint is read."""
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(paths[0])
+    make(*paths)
+    with pytest.raises(ValueError, match=words):
+        run_main(monkeypatch, "--checkpoint", tmp_path / "none.pt", "--images", *paths)
+
+
+@pytest.mark.parametrize("arguments, unused", [
+    ("--checkpoint x.pt --config c.yaml", "--config: of no use with --checkpoint;"),
+    ("--checkpoint x.pt --against b.jsonl", "--against: of no use with --checkpoint;"),
+    ("--checkpoint x.pt --set train.lr=1", "--set train.lr=1: of no use with --checkpoint;"),
+    ("--checkpoint x.pt --set loss.vse_weight=0", "--set loss.vse_weight=0: of no use"),
+    ("--checkpoint x.pt --images a.png --split val", "--split: of no use with --checkpoint and"),
+    ("--checkpoint x.pt --images a.png --chexbert c.pth", "--chexbert: of no use"),
+    ("--checkpoint x.pt --images a.png --config c.yaml", "--config: of no use"),
+    ("--predictions x.jsonl --images a.png", "--images: of no use with --predictions with ref"),
+    ("--predictions x.jsonl --split val", "--split: of no use with --predictions with ref"),
+    ("--predictions x.jsonl --set generate.num_beams=5", "--set generate.num_beams=5: of no use"),
+    ("--predictions x.json --images a.png", "--images: of no use with --predictions without"),
+    ("--predictions x.json --against b.jsonl --split val", "--split: of no use"),
+    ("--predictions x.json --set train.seed=1", "--set train.seed=1: of no use"),
+])
+def test_a_mode_refuses_what_it_does_not_use(monkeypatch, arguments, unused):
+    with pytest.raises(ValueError, match=f"^{re.escape(unused)}.* that takes --"):
+        run_main(monkeypatch, *arguments.split())
+
+
+@pytest.mark.parametrize("arguments", [
+    "--checkpoint x.pt --split val --chexbert c.pth --set data.limit=2 train.eval_batch_size=64",
+    "--predictions x.jsonl --config c.yaml --chexbert c.pth --set data.limit=2",
+    "--predictions x.json --config c.yaml --split val --chexbert c.pth --set data.limit=2",
+    "--predictions x.jsonl --against b.json --chexbert c.pth",
+    "--predictions x.json --against b.json --split val --chexbert c.pth",
+])
+def test_a_mode_takes_what_it_uses(monkeypatch, arguments):
+    with pytest.raises((FileNotFoundError, ValueError), match="no such file|name the data with"):
+        run_main(monkeypatch, *arguments.split())
+
+
+def test_no_file_holds_a_number_that_json_has_not(tmp_path, monkeypatch):
+    rows = [dict(id="a", prediction="clear .", reference="clear .", visual_pca=[math.nan, 0, 0])]
+    config, page = config_for(tmp_path), tmp_path / "test_report.html"
+    metrics = measure(rows, config, "test", [])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        evaluate.write_page(page, rows, metrics, config, "test")
+    monkeypatch.setattr(evaluate, "measure", lambda *_: metrics | {"BLEU_4": math.inf})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        evaluate.write_results(tmp_path, "test", rows, config, "test", [], None)
+    assert not page.exists() and not (tmp_path / "test_metrics.json").exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(checkpoint, data_root, monkeypatch):
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["model"]["norm.weight"][3] = math.nan
+    torch.save(stored, checkpoint)
+    with pytest.raises(ValueError, match="norm.weight holds values that are not finite"):
+        run_main(monkeypatch, "--checkpoint", checkpoint)
 
 
 def test_principal_plane_is_that_of_the_unit_vectors():

@@ -308,12 +308,11 @@ def test_against_refuses_other_studies_in_one_line(two_runs, tmp_path, monkeypat
         score_against([peer], [peer])
     with pytest.raises(FileNotFoundError, match="none.jsonl: no such file"):
         score_against([a], [tmp_path / "none.jsonl"])
-    for arguments, message in (
-            (["--predictions", a, b], "several files only with --against"),
-            (["--checkpoint", a, "--against", b], "--against compares with --predictions")):
-        with pytest.raises(SystemExit):
-            run_main(monkeypatch, *arguments)
-        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--predictions", a, b)
+    assert "several files only with --against" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="there is no config to change; name one with --config"):
+        score_against([peer], [peer], overrides=["data.root=x"])
 
 
 def test_intervals_hold_the_true_value():
