@@ -1,4 +1,6 @@
-"""The embedded demo: drawn radiographs and reports, and two small pretrained models, all as ordinary files (demo.yaml).
+"""The embedded demo: drawn radiographs, their reports, and two small pretrained models.
+
+All are ordinary files, as demo.yaml names them.
 
     python -m configs.demo runs/demo      # draw demo_cases.png, the picture of the README
 
@@ -9,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +25,8 @@ from configs import PROMPT
 DEMO_SEED, PIXELS, TOKENS = 7, 96, 36
 DEMO_SPLITS = {"train": 2400, "val": 100, "test": 300}
 DEMO_REPORTS = json.loads((Path(__file__).parent / "demo_reports.json").read_text(encoding="utf-8"))
-DEMO_FINDINGS, EXTENTS = DEMO_REPORTS["findings"], DEMO_REPORTS["extents"]["size"]  # small, moderate, large
+DEMO_FINDINGS = DEMO_REPORTS["findings"]
+EXTENTS = DEMO_REPORTS["extents"]["size"]  # small, moderate, large
 
 
 def choose(options: list[str], rng: np.random.Generator, skew: float = 3.0) -> str:
@@ -34,13 +38,22 @@ def choose(options: list[str], rng: np.random.Generator, skew: float = 3.0) -> s
 def draw_findings(rng: np.random.Generator) -> list[dict]:
     """At most three findings, each present independently of the others."""
     present = [name for name, spec in DEMO_FINDINGS.items() if rng.random() < spec["frequency"]]
-    return [{"finding": name, "side": str(rng.choice(["left", "right"])) if DEMO_FINDINGS[name]["sided"] else None,
-             "extent": str(rng.choice(EXTENTS)) if DEMO_FINDINGS[name]["extents"] else None} for name in present[-3:]]
+    findings = []
+    for name in present[-3:]:
+        spec = DEMO_FINDINGS[name]
+        side = str(rng.choice(["left", "right"])) if spec["sided"] else None
+        extent = str(rng.choice(EXTENTS)) if spec["extents"] else None
+        findings.append({"finding": name, "side": side, "extent": extent})
+    return findings
 
 
 def write_report(findings: list[dict], rng: np.random.Generator) -> str:
-    """Sentences by region: what is present, else the normal statement; two neighbours change places at times."""
-    absent = [name for name in ("effusion", "pneumothorax") if name not in {f["finding"] for f in findings}]
+    """Sentences by region: what is present, else the normal statement.
+
+    Two neighbouring regions change places at times.
+    """
+    present = {f["finding"] for f in findings}
+    absent = [name for name in ("effusion", "pneumothorax") if name not in present]
     regions = []
     for region in ("heart", "lung", "pleura", "bone", "device"):
         sentences = []
@@ -54,8 +67,10 @@ def write_report(findings: list[dict], rng: np.random.Generator) -> str:
         if region == "pleura" and absent:
             named = " or ".join(absent).replace("effusion", "pleural effusion")
             sentences.append(choose(DEMO_REPORTS["absent"], rng, 1.6).format(named))
-        elif normal and not sentences and not (region == "bone" and findings and rng.random() < .6):
-            sentences = [choose(normal, rng, 1.6)]
+        elif normal and not sentences:
+            often_left_out = region == "bone" and findings
+            if not often_left_out or rng.random() >= .6:
+                sentences = [choose(normal, rng, 1.6)]
         regions.append(sentences)
     if rng.random() < .25:
         swap = rng.integers(3)
@@ -68,98 +83,214 @@ def soft(distance: np.ndarray, edge: float = .015) -> np.ndarray:
     return np.clip(.5 - distance / edge, 0, 1)
 
 
-def draw_film(findings: list[dict], lateral: bool, body: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One 8-bit view. ``body`` (24,) in 0..1 is the person, shared by both views. The patient's left is right."""
-    has = {f["finding"]: (f, EXTENTS.index(f["extent"]) if f["extent"] else 1) for f in findings}
-    y, x = (np.mgrid[:PIXELS, :PIXELS].astype(np.float32) + .5) / PIXELS
-    scale = .96 + .09 * body[0]
-    x, y = (x - .5 + .03 * (rng.random() - .5)) / scale + .5, (y - .5 + .03 * (rng.random() - .5)) / scale + .5
-    x = x + .06 * (rng.random() - .5) * (y - .5)                                           # a slight rotation
+class Lung(NamedTuple):
+    """One lung of a frontal view, or both of a lateral one; the masks are (96, 96), in 0..1."""
+    cx: float             # its middle
+    width: float          # from there to its edge
+    side: int             # -1 left in the picture, 1 right, 0 in a lateral view
+    cavity: np.ndarray    # where it is, down to below the diaphragm
+    air: np.ndarray       # the cavity above the diaphragm
 
-    def ellipse(cx, cy, rx, ry, edge=.02):
-        return soft((np.hypot((x - cx) / rx, (y - cy) / ry) - 1) * min(rx, ry), edge)
 
-    def stroke(x0, y0, x1, y1, half, edge=.015):
-        t = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / ((x1 - x0) ** 2 + (y1 - y0) ** 2), 0, 1)
-        return soft(np.hypot(x - x0 - t * (x1 - x0), y - y0 - t * (y1 - y0)) - half, edge)
+class Film:
+    """One view while it is drawn; the order of its random draws is part of the demo.
 
-    def sign(name):
-        return 1 if has[name][0]["side"] == "left" else -1
+    `light` (96, 96) grows from 0, black, to 1, white. Lengths are in widths of the film: x grows to
+    the right of the picture, which is the patient's left, and y downwards.
+    """
 
-    def spot(name, i):                       # a lesion's centre: kept clear of heart, hilum and diaphragm
-        v = .26 + .38 * body[i + 1]
-        return (.36 + .30 * body[i + 2], v) if lateral else (.5 + sign(name) * (.16 + .09 * body[i]), v)
+    def __init__(self, findings: list[dict], lateral: bool, body: np.ndarray,
+                 rng: np.random.Generator):
+        self.lateral, self.body, self.rng = lateral, body, rng
+        self.sides = {f["finding"]: f["side"] for f in findings}
+        self.extents = {f["finding"]: f["extent"] for f in findings}
+        y, x = (np.mgrid[:PIXELS, :PIXELS].astype(np.float32) + .5) / PIXELS
+        scale = .96 + .09 * body[0]
+        x = (x - .5 + .03 * (rng.random() - .5)) / scale + .5
+        y = (y - .5 + .03 * (rng.random() - .5)) / scale + .5
+        x = x + .06 * (rng.random() - .5) * (y - .5)  # a slight rotation
+        self.x, self.y = x, y
+        self.floor, self.top = .73 + .05 * (body[3] - .5), .13 + .03 * body[4]  # of the lungs
+        self.skin = self.ellipse(.5, .68, .40 if lateral else .50, .66, .04)
+        self.light = .58 * self.skin
 
-    heart = .120 + .025 * body[1] + ((.045, .075, .105)[has["cardiomegaly"][1]] if "cardiomegaly" in has else 0)
-    bend = .02 * (body[2] - .5)
-    floor, top = .73 + .05 * (body[3] - .5), .13 + .03 * body[4]
-    skin = ellipse(.5, .68, .40 if lateral else .50, .66, .04)
-    film = .58 * skin
-    sides = [(.48, .285, 0)] if lateral else [(.31, .150, -1), (.69, .150, 1)]
-    for cx, width, side in sides:                                                          # lungs and pleura
-        dome = floor - (.05 - .012 * side) * (1 - ((x - cx) / width) ** 2)
-        cavity = ellipse(cx, .5, width, .5 - top, .02)
-        lung = cavity * soft(y - dome, .02)
-        film += lung * (.20 + .05 * body[5] + .08 * y - film)
-        for k in range(7):                                                                 # ribs, vessels
-            rise = (.35 - .55 * (x - .5)) if lateral else .30 * np.abs(x - .5) + .5 * np.maximum(np.abs(x - .5) - .25, 0)
-            rib = soft(np.abs(y - .13 - .085 * k - rise + (.25 if lateral else 0)) - .010, .02)
-            film += (.05 if lateral else .055) * rib * ellipse(cx, .5, width + .03, .43, .03)
-            a, r, hx = rng.random() * 6.3, .05 + .13 * rng.random(), cx - side * .09
-            film += .05 * lung * stroke(hx, .47, hx + r * np.cos(a) * .7, .47 + r * np.sin(a), .004)
-        if "effusion" in has and (lateral or side == sign("effusion")):
-            outer = (x - cx) / width * (1 if lateral else side)                            # the fluid's meniscus
-            level = floor + .015 - (.06, .14, .25)[has["effusion"][1]] * (.35 + .65 * np.clip(outer + .3, 0, 1.3) ** 2)
-            film += cavity * soft(level - y, .03) * (.62 - film) * .9
-        if "pneumothorax" in has and (lateral or side == sign("pneumothorax")):
-            shrink = (.10, .16, .24)[has["pneumothorax"][1]] * (.6 if lateral else 1)
-            d = np.hypot((x - cx + side * width * shrink * .7) / (width * (1 - shrink * .6)),
-                         (y - .5 - .38 * shrink) / ((.5 - top) * (1 - shrink))) - 1
-            film += lung * soft(-d * .15, .01) * soft(y - .62) * (.10 - film) * .85
-            film += .22 * lung * soft(np.abs(d) * .15 - .005, .01) * soft(y - .62)
-        if "edema" in has:
-            haze = np.exp(-((x - cx + side * .06) / .13) ** 2 - ((y - .48) / .16) ** 2)
-            film += (.14, .22, .32)[has["edema"][1]] * lung * haze * (1 + .2 * rng.standard_normal(x.shape))
-        if "atelectasis" in has and (lateral or side == sign("atelectasis")):
-            for k in range(1 + (body[6] > .5)):
-                ay, ax = floor - .10 - .05 * k - .03 * body[7], cx + (.10 if lateral else .01 * side)
-                film += .34 * cavity * stroke(ax - .07, ay, ax + .07, ay + .05 * (body[8] - .5), .012)
-        if "rib fracture" in has and side == sign("rib fracture"):                         # seen from the front
-            fx, fy = .5 + side * .29, .237 + .085 * int(1 + 4 * body[9])
-            film += .50 * stroke(fx - .025, fy - .025 * side, fx + .025, fy + .005 * side, .012, .02)
-            film -= .35 * stroke(fx - .012, fy + .03, fx + .012, fy - .03, .004)
-    mx = x - bend * np.cos((y - .45) * 7)
-    if lateral:
-        film += .16 * soft(np.abs(mx - .80 + .25 * (y - .5) ** 2) - .04, .03) * (1 + .3 * np.sin(y * 75))
-        film += .15 * soft(np.abs(x - .15) - .012, .02) * soft(y - .6)
-        shadow = ellipse(.36, .60, .02 + heart * .95, .135, .03)
-    else:
-        film += .13 * soft(np.abs(mx - .5) - .035, .02) * (1 + .25 * np.sin(y * 75))
-        film = np.maximum(film, .55 * soft(np.abs(mx - .5 - .01) - .06, .03))
+    def ellipse(self, cx, cy, rx, ry, edge=.02) -> np.ndarray:
+        distance = np.hypot((self.x - cx) / rx, (self.y - cy) / ry) - 1
+        return soft(distance * min(rx, ry), edge)
+
+    def stroke(self, x0, y0, x1, y1, half, edge=.015) -> np.ndarray:
+        """The line from (x0, y0) to (x1, y1), `half` wide to each side."""
+        from_x, from_y, dx, dy = self.x - x0, self.y - y0, x1 - x0, y1 - y0
+        t = np.clip((from_x * dx + from_y * dy) / (dx ** 2 + dy ** 2), 0, 1)
+        return soft(np.hypot(from_x - t * dx, from_y - t * dy) - half, edge)
+
+    def has(self, name: str, side: int | None = None) -> bool:
+        """Whether there is such a finding and, in a frontal view, whether it is on that side."""
+        anywhere = side is None or self.lateral
+        return name in self.sides and (anywhere or side == self.sign(name))
+
+    def sign(self, name: str) -> int:
+        return 1 if self.sides[name] == "left" else -1
+
+    def by_extent(self, name: str, values: tuple[float, float, float]) -> float:
+        """One of three values: of a small, a moderate or a large finding."""
+        return values[EXTENTS.index(self.extents[name])]
+
+    def spot(self, name: str, i: int) -> tuple[float, float]:
+        """A lesion's centre: kept clear of heart, hilum and diaphragm."""
+        v = .26 + .38 * self.body[i + 1]
+        if self.lateral:
+            return .36 + .30 * self.body[i + 2], v
+        return .5 + self.sign(name) * (.16 + .09 * self.body[i]), v
+
+    def draw_lung(self, cx: float, width: float, side: int) -> Lung:
+        """Air over the diaphragm's dome."""
+        dome = self.floor - (.05 - .012 * side) * (1 - ((self.x - cx) / width) ** 2)
+        cavity = self.ellipse(cx, .5, width, .5 - self.top, .02)
+        air = cavity * soft(self.y - dome, .02)
+        self.light += air * (.20 + .05 * self.body[5] + .08 * self.y - self.light)
+        return Lung(cx, width, side, cavity, air)
+
+    def draw_ribs_and_vessels(self, lung: Lung) -> None:
+        """Seven of each; vessels leave the hilum in any direction."""
+        lift, strength = (.25, .05) if self.lateral else (0, .055)
+        if self.lateral:
+            rise = .35 - .55 * (self.x - .5)
+        else:
+            off = np.abs(self.x - .5)
+            rise = .30 * off + .5 * np.maximum(off - .25, 0)
+        for k in range(7):
+            rib = soft(np.abs(self.y - .13 - .085 * k - rise + lift) - .010, .02)
+            self.light += strength * rib * self.ellipse(lung.cx, .5, lung.width + .03, .43, .03)
+            angle, length = self.rng.random() * 6.3, .05 + .13 * self.rng.random()
+            hilum = lung.cx - lung.side * .09
+            end = hilum + length * np.cos(angle) * .7, .47 + length * np.sin(angle)
+            self.light += .05 * lung.air * self.stroke(hilum, .47, *end, .004)
+
+    def draw_effusion(self, lung: Lung) -> None:
+        outer = (self.x - lung.cx) / lung.width * (1 if self.lateral else lung.side)
+        meniscus = .35 + .65 * np.clip(outer + .3, 0, 1.3) ** 2
+        level = self.floor + .015 - self.by_extent("effusion", (.06, .14, .25)) * meniscus
+        self.light += lung.cavity * soft(level - self.y, .03) * (.62 - self.light) * .9
+
+    def draw_pneumothorax(self, lung: Lung) -> None:
+        """Black around a smaller lung, and that lung's edge; in the upper part only."""
+        _, _, side, _, air = lung
+        shrink = self.by_extent("pneumothorax", (.10, .16, .24)) * (.6 if self.lateral else 1)
+        across = self.x - lung.cx + side * lung.width * shrink * .7
+        across = across / (lung.width * (1 - shrink * .6))
+        along = (self.y - .5 - .38 * shrink) / ((.5 - self.top) * (1 - shrink))
+        d, upper = np.hypot(across, along) - 1, soft(self.y - .62)
+        self.light += air * soft(-d * .15, .01) * upper * (.10 - self.light) * .85
+        self.light += .22 * air * soft(np.abs(d) * .15 - .005, .01) * upper
+
+    def draw_edema(self, lung: Lung) -> None:
+        across, along = (self.x - lung.cx + lung.side * .06) / .13, (self.y - .48) / .16
+        haze = np.exp(-across ** 2 - along ** 2)
+        grain = 1 + .2 * self.rng.standard_normal(self.x.shape)
+        self.light += self.by_extent("edema", (.14, .22, .32)) * lung.air * haze * grain
+
+    def draw_atelectasis(self, lung: Lung) -> None:
+        """One or two plates over the diaphragm."""
+        ax, tilt = lung.cx + (.10 if self.lateral else .01 * lung.side), .05 * (self.body[8] - .5)
+        for k in range(1 + (self.body[6] > .5)):
+            ay = self.floor - .10 - .05 * k - .03 * self.body[7]
+            plate = self.stroke(ax - .07, ay, ax + .07, ay + tilt, .012)
+            self.light += .34 * lung.cavity * plate
+
+    def draw_fracture(self, side: int) -> None:
+        fx, fy = .5 + side * .29, .237 + .085 * int(1 + 4 * self.body[9])
+        rib = self.stroke(fx - .025, fy - .025 * side, fx + .025, fy + .005 * side, .012, .02)
+        self.light += .50 * rib
+        self.light -= .35 * self.stroke(fx - .012, fy + .03, fx + .012, fy - .03, .004)
+
+    def draw_findings_of(self, lung: Lung) -> None:
+        if self.has("effusion", lung.side):
+            self.draw_effusion(lung)
+        if self.has("pneumothorax", lung.side):
+            self.draw_pneumothorax(lung)
+        if self.has("edema"):
+            self.draw_edema(lung)
+        if self.has("atelectasis", lung.side):
+            self.draw_atelectasis(lung)
+        if self.has("rib fracture", lung.side) and not self.lateral:
+            self.draw_fracture(lung.side)
+
+    def draw_bones(self) -> None:
+        """The spine; the sternum in a lateral view, mediastinum and clavicles in a frontal one."""
+        x, y, vertebrae = self.x, self.y, np.sin(self.y * 75)
+        bent = x - .02 * (self.body[2] - .5) * np.cos((y - .45) * 7)
+        if self.lateral:
+            spine = soft(np.abs(bent - .80 + .25 * (y - .5) ** 2) - .04, .03)
+            self.light += .16 * spine * (1 + .3 * vertebrae)
+            self.light += .15 * soft(np.abs(x - .15) - .012, .02) * soft(y - .6)
+            return
+        self.light += .13 * soft(np.abs(bent - .5) - .035, .02) * (1 + .25 * vertebrae)
+        mediastinum = soft(np.abs(bent - .5 - .01) - .06, .03)
+        self.light = np.maximum(self.light, .55 * mediastinum)
         for side in (-1, 1):
-            film += .10 * stroke(.5 + side * .05, .20, .5 + side * .36, .13, .012)
-        shadow = ellipse(.5 + .30 * heart, .62, heart, .125 + .1 * heart, .03)
-    film = np.maximum(film, (.60 + .06 * body[10]) * shadow)
-    if "opacity" in has:
-        (cx, cy), r = spot("opacity", 11), (.04, .065, .095)[has["opacity"][1]]
-        haze = np.exp(-(np.hypot((x - cx) / r, (y - cy) / r / (.8 + .4 * body[14]))) ** 2.5)
-        film += .36 * haze * (1 + .25 * rng.standard_normal(x.shape))
-    if "nodule" in has:
-        (cx, cy), r = spot("nodule", 15), (.026, .036, .050)[has["nodule"][1]]
-        film += .42 * ellipse(cx, cy, r, r, .015)
-    if "granuloma" in has:
-        cx, cy = spot("granuloma", 18)
-        film += .80 * ellipse(cx, cy, .018, .018, .012)
-    if "pacemaker" in has:
-        px = .26 if lateral else .5 + sign("pacemaker") * (.24 + .05 * body[21])
-        film = np.maximum(film, .98 * soft(np.maximum(np.abs(x - px) - .04, np.abs(y - .22) - .03)))
-        film = np.maximum(film, .85 * stroke(px, .22, .5, .38, .006))
-        film = np.maximum(film, .85 * stroke(.5, .38, .40 if lateral else .53, .64, .006))
-    film = .05 + (film - .05) * skin
-    coarse = torch.from_numpy(rng.standard_normal((1, 1, 6, 6), dtype=np.float32))
-    film += .02 * F.interpolate(coarse, x.shape, mode="bicubic")[0, 0].numpy() + .015 * rng.standard_normal(x.shape)
-    film = (.9 + .2 * rng.random()) * np.clip(film, 0, 1.2) ** (.9 + .2 * rng.random())
-    return (255 * np.clip(film, 0, 1)).astype(np.uint8)
+            self.light += .10 * self.stroke(.5 + side * .05, .20, .5 + side * .36, .13, .012)
+
+    def draw_heart(self) -> None:
+        size = .120 + .025 * self.body[1]
+        if self.has("cardiomegaly"):
+            size += self.by_extent("cardiomegaly", (.045, .075, .105))
+        if self.lateral:
+            shadow = self.ellipse(.36, .60, .02 + size * .95, .135, .03)
+        else:
+            shadow = self.ellipse(.5 + .30 * size, .62, size, .125 + .1 * size, .03)
+        self.light = np.maximum(self.light, (.60 + .06 * self.body[10]) * shadow)
+
+    def draw_lesions(self) -> None:
+        if self.has("opacity"):
+            cx, cy = self.spot("opacity", 11)
+            r = self.by_extent("opacity", (.04, .065, .095))
+            along = (self.y - cy) / r / (.8 + .4 * self.body[14])
+            haze = np.exp(-np.hypot((self.x - cx) / r, along) ** 2.5)
+            self.light += .36 * haze * (1 + .25 * self.rng.standard_normal(self.x.shape))
+        if self.has("nodule"):
+            r = self.by_extent("nodule", (.026, .036, .050))
+            self.light += .42 * self.ellipse(*self.spot("nodule", 15), r, r, .015)
+        if self.has("granuloma"):
+            self.light += .80 * self.ellipse(*self.spot("granuloma", 18), .018, .018, .012)
+
+    def draw_pacemaker(self) -> None:
+        """A box and the lead to the heart's tip."""
+        px = .26
+        if not self.lateral:
+            px = .5 + self.sign("pacemaker") * (.24 + .05 * self.body[21])
+        box = soft(np.maximum(np.abs(self.x - px) - .04, np.abs(self.y - .22) - .03))
+        upper = self.stroke(px, .22, .5, .38, .006)
+        lower = self.stroke(.5, .38, .40 if self.lateral else .53, .64, .006)
+        for strength, metal in ((.98, box), (.85, upper), (.85, lower)):
+            self.light = np.maximum(self.light, strength * metal)
+
+    def expose(self) -> np.ndarray:
+        """8 bits: dark beside the body, coarse and fine grain, a random gain and gamma."""
+        light, rng = .05 + (self.light - .05) * self.skin, self.rng
+        coarse = torch.from_numpy(rng.standard_normal((1, 1, 6, 6), dtype=np.float32))
+        coarse = F.interpolate(coarse, light.shape, mode="bicubic")[0, 0].numpy()
+        light += .02 * coarse + .015 * rng.standard_normal(light.shape)
+        gain, gamma = .9 + .2 * rng.random(), .9 + .2 * rng.random()
+        light = gain * np.clip(light, 0, 1.2) ** gamma
+        return (255 * np.clip(light, 0, 1)).astype(np.uint8)
+
+
+def draw_film(findings: list[dict], lateral: bool, body: np.ndarray,
+              rng: np.random.Generator) -> np.ndarray:
+    """One 8-bit view (96, 96). `body` (24,) in 0..1 is the person, shared by both views."""
+    film = Film(findings, lateral, body, rng)
+    frontal = [(.31, .150, -1), (.69, .150, 1)]
+    for cx, width, side in [(.48, .285, 0)] if lateral else frontal:
+        lung = film.draw_lung(cx, width, side)
+        film.draw_ribs_and_vessels(lung)
+        film.draw_findings_of(lung)
+    film.draw_bones()
+    film.draw_heart()
+    film.draw_lesions()
+    if film.has("pacemaker"):
+        film.draw_pacemaker()
+    return film.expose()
 
 
 def draw_studies(root: Path, studies: dict[str, int]) -> tuple[dict, dict]:
@@ -174,44 +305,65 @@ def draw_studies(root: Path, studies: dict[str, int]) -> tuple[dict, dict]:
             (root / "images" / name).mkdir(parents=True, exist_ok=True)
             for v, path in enumerate(views):
                 Image.fromarray(draw_film(findings, v == 1, body, rng)).save(root / "images" / path)
-            annotation[split].append({"id": name, "report": write_report(findings, rng), "image_path": views})
+            report = write_report(findings, rng)
+            annotation[split].append({"id": name, "report": report, "image_path": views})
             truth[name] = findings
     return annotation, truth
 
 
+def shapes_of_all_kinds(u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
+    """Six masks (6, *u.shape) in 0..1 around the origin of u and v."""
+    rho = torch.hypot(u, v)
+    disc, ring = rho - radius, (rho - radius).abs() - .008
+    box = torch.maximum(u.abs(), v.abs()) - radius
+    bar = torch.maximum(u.abs() - 2 * radius, v.abs() - .010)
+    sharp = (.5 - torch.stack([disc, ring, box, bar]) / .015).clamp(0, 1)
+    blob = (-(rho / radius) ** 2).exp()
+    grating = blob * (.5 + .5 * (u * 120).sin())
+    return torch.cat([sharp, torch.stack([blob, grating])])
+
+
 def draw_shapes(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generic shapes on clutter, (count, 1, 96, 96), and which kinds, sizes and signs each cell holds, (count, 11, 6, 6)."""
+    """Generic shapes on clutter, and what they are.
+
+    Returns:
+        images (count, 1, 96, 96) in 0..1, and (count, 11, 6, 6), which of the 6 kinds, 3 sizes and
+        2 signs each cell holds.
+    """
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(shape, generator=generator)
 
-    def local(n):                                            # turned coordinates around n random centres
-        x, y = grid - uniform(0, 1, count, n, 1, 1), grid[:, None] - uniform(0, 1, count, n, 1, 1)
+    def local(n):  # turned coordinates around n random centres
+        x = grid - uniform(0, 1, count, n, 1, 1)
+        y = grid[:, None] - uniform(0, 1, count, n, 1, 1)
         angle = uniform(0, 6.3, count, n, 1, 1)
         return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
 
     grid = (torch.arange(PIXELS) + .5) / PIXELS
 
+    # clutter: large ellipses, bands and noise, unlabelled
     image = uniform(.1, .6, count, 1, 1, 1).expand(-1, -1, PIXELS, PIXELS).clone()
-    u, v = local(4)                                          # clutter: large ellipses, bands and noise, unlabelled
-    big = ((u / uniform(.15, .5, count, 4, 1, 1)) ** 2 + (v / uniform(.1, .4, count, 4, 1, 1)) ** 2 - 1).mul(-4).sigmoid()
+    u, v = local(4)
+    wide, high = uniform(.15, .5, count, 4, 1, 1), uniform(.1, .4, count, 4, 1, 1)
+    big = ((u / wide) ** 2 + (v / high) ** 2 - 1).mul(-4).sigmoid()
     image += (big * uniform(-.2, .2, count, 4, 1, 1)).sum(1, keepdim=True)
-    bands = uniform(0, .05, count, 4, 1, 1) * (u * uniform(10, 90, count, 4, 1, 1)).sin().clamp(min=0)
+    strength, frequency = uniform(0, .05, count, 4, 1, 1), uniform(10, 90, count, 4, 1, 1)
+    bands = strength * (u * frequency).sin().clamp(min=0)
     image += bands[:, :2].sum(1, keepdim=True)
     for cells in (4, 12, 48):
-        noise = torch.randn(count, 1, cells, cells, generator=generator) * uniform(0, .06, count, 1, 1, 1)
+        noise = torch.randn(count, 1, cells, cells, generator=generator)
+        noise = noise * uniform(0, .06, count, 1, 1, 1)
         image += F.interpolate(noise, (PIXELS, PIXELS), mode="bilinear")
+
+    # five shapes, each dark or bright
     kind, size, sign = (torch.randint(k, (count, 5, 1, 1), generator=generator) for k in (6, 3, 2))
     u, v = local(5)
     radius = torch.tensor([.022, .045, .09])[size] * uniform(.75, 1.25, count, 5, 1, 1)
-    rho = torch.hypot(u, v)
-    distance = torch.stack([rho - radius, (rho - radius).abs() - .008, torch.maximum(u.abs(), v.abs()) - radius,
-                            torch.maximum(u.abs() - 2 * radius, v.abs() - .010)])     # disc, ring, box, bar
-    alpha = torch.cat([(.5 - distance / .015).clamp(0, 1), torch.stack([                # blob, grating
-        (-(rho / radius) ** 2).exp(), (-(rho / radius) ** 2).exp() * (.5 + .5 * (u * 120).sin())])])
-    alpha = alpha.gather(0, kind.expand_as(u)[None])[0]
+    alpha = shapes_of_all_kinds(u, v, radius).gather(0, kind.expand_as(u)[None])[0]
     image += (alpha * uniform(.10, .60, count, 5, 1, 1) * (2 * sign - 1)).sum(1, keepdim=True)
     image += .025 * torch.randn(image.shape, generator=generator)
-    traits = torch.cat([F.one_hot(t[..., 0, 0], n) for t, n in ((kind, 6), (size, 3), (sign, 2))], -1).float()
+    traits = [F.one_hot(t[..., 0, 0], n) for t, n in ((kind, 6), (size, 3), (sign, 2))]
+    traits = torch.cat(traits, -1).float()
     cells = (F.max_pool2d(alpha, PIXELS // 6) > .5).float()
     return image.clamp(0, 1), (cells[:, :, None] * traits[..., None, None]).amax(1)
 
@@ -232,97 +384,130 @@ def pretrain(what: str, parameters: list, steps: int, loss_of, beta2: float) -> 
 
 
 def pretrain_swin(folder: Path, steps: int, batch: int = 32) -> None:
-    """The stand-in for ImageNet: name the generic shapes in each cell. No film, finding or report is used."""
+    """The stand-in for ImageNet: name the generic shapes in each cell.
+
+    No film, finding or report is used.
+    """
     from transformers import SwinConfig, SwinModel, ViTImageProcessor
     torch.manual_seed(DEMO_SEED)
     generator = torch.Generator().manual_seed(DEMO_SEED)
     swin = SwinModel(SwinConfig(
-        image_size=PIXELS, patch_size=4, embed_dim=48, depths=[1, 1, 2], num_heads=[2, 4, 6], window_size=6,
-        use_absolute_embeddings=True, drop_path_rate=0.0, initializer_range=.06, attn_implementation="eager"),
-        add_pooling_layer=False)  # eager: on a CPU the fused attention's gradient in bfloat16 is slow
+        image_size=PIXELS, patch_size=4, embed_dim=48, depths=[1, 1, 2], num_heads=[2, 4, 6],
+        window_size=6, use_absolute_embeddings=True, drop_path_rate=0.0, initializer_range=.06,
+        attn_implementation="eager"),  # on a CPU the fused attention's bfloat16 gradient is slow
+        add_pooling_layer=False)
     head = torch.nn.Linear(swin.config.hidden_size, 11)
-    pool = [draw_shapes(64, generator) for _ in tqdm(range(max(1, steps // 19)), "drawing shapes")]
+    draws = tqdm(range(max(1, steps // 19)), "drawing shapes")
+    pool = [draw_shapes(64, generator) for _ in draws]
     images, labels = (torch.cat(parts) for parts in zip(*pool))
 
     def loss_of(step: int) -> Tensor:
         rows = torch.randint(len(images), (batch,), generator=generator)
-        flips = [d for d in (2, 3) if torch.rand((), generator=generator) < .5]  # shapes have no left and right
-        x, target = images[rows].flip(flips).expand(-1, 3, -1, -1), labels[rows].flip(flips).flatten(2).mT
+        # shapes have no left and right
+        flips = [d for d in (2, 3) if torch.rand((), generator=generator) < .5]
+        x = images[rows].flip(flips).expand(-1, 3, -1, -1)
+        target = labels[rows].flip(flips).flatten(2).mT
         with torch.autocast("cpu", torch.bfloat16):
             logits = head(swin((x - .35) / .2).last_hidden_state)
         return F.binary_cross_entropy_with_logits(logits.float(), target)
     pretrain("Swin", [*swin.parameters(), *head.parameters()], steps, loss_of, beta2=.95)
     swin.save_pretrained(folder)
-    ViTImageProcessor(size=dict(height=PIXELS, width=PIXELS), image_mean=[.35] * 3, image_std=[.2] * 3).save_pretrained(folder)
+    size = dict(height=PIXELS, width=PIXELS)
+    processor = ViTImageProcessor(size=size, image_mean=[.35] * 3, image_std=[.2] * 3)
+    processor.save_pretrained(folder)
 
 
-def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32) -> None:
-    """A language model of the training reports, seven batches in eight behind a prompt whose image slots hold a noisy sum
-    of some of the report's own words: the habit of a chat model, to use what its prompt says. No image is used."""
+def train_tokenizer(reports: list[str]):
+    """Byte-level pairs, 800 pieces, of the reports and the prompt; 0 is BOS, 1 EOS, 2 padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    torch.manual_seed(DEMO_SEED)
-    rng, generator = np.random.default_rng(DEMO_SEED), torch.Generator().manual_seed(DEMO_SEED)
+    from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator([*reports, *PROMPT * 50], trainers.BpeTrainer(
         vocab_size=800, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def draw_hints(words_of_rows: list[np.ndarray], weight: np.ndarray, rng: np.random.Generator,
+               generator: torch.Generator) -> Tensor:
+    """(B, 1, vocabulary): at most eight words of each report, each with a random strength."""
+    hints = torch.zeros(len(words_of_rows), 1, len(weight))
+    for b, words in enumerate(words_of_rows):
+        count = min(rng.integers(0, 9), len(words))
+        chance = weight[words] / weight[words].sum()
+        words = rng.choice(words, count, replace=False, p=chance)
+        hints[b, 0, words] = torch.rand(len(words), generator=generator)
+    return hints
+
+
+def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32) -> None:
+    """A language model of the training reports; no image is used.
+
+    Seven batches in eight stand behind a prompt whose image slots hold a noisy sum of some of the
+    report's own words: the habit of a chat model, to use what its prompt says.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(DEMO_SEED)
+    rng = np.random.default_rng(DEMO_SEED)
+    generator = torch.Generator().manual_seed(DEMO_SEED)
+    tokenizer = train_tokenizer(reports)
     tokenizer.save_pretrained(folder)
     llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-        attn_implementation="eager"))
-    before, after = (tokenizer(t, add_special_tokens=False).input_ids for t in PROMPT)
-    texts = [tokenizer(r, add_special_tokens=False).input_ids for r in reports]
-    seen = np.bincount(np.concatenate([np.unique(t) for t in texts]), minlength=len(tokenizer))
-    weight = np.log(len(texts) / seen.clip(1)).clip(1e-6)      # words that tell reports apart are hinted at more often
+        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=512, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2, attn_implementation="eager"))
+    before, after, *texts = tokenizer([*PROMPT, *reports], add_special_tokens=False).input_ids
+    vocabularies = [np.unique(text) for text in texts]
+    seen = np.bincount(np.concatenate(vocabularies), minlength=len(tokenizer))
+    weight = np.log(len(texts) / seen.clip(1)).clip(1e-6)  # a rare word is hinted at more often
     embed, start = llama.model.embed_tokens, 1 + len(before)
 
     def loss_of(step: int) -> Tensor:
-        rows = rng.choice(len(texts), batch, replace=False)
-        prompt = [0, *before, *[2] * TOKENS, *after] if step % 8 else [0]
-        ends, longest = [texts[i] + [1] for i in rows], 1 + max(len(texts[i]) for i in rows)
+        rows, hinted = rng.choice(len(texts), batch, replace=False), step % 8 > 0
+        prompt = [0, *before, *[2] * TOKENS, *after] if hinted else [0]
+        ends = [texts[i] + [1] for i in rows]
+        longest = max(map(len, ends))
         ids = torch.tensor([prompt + end + [2] * (longest - len(end)) for end in ends])
         targets = torch.tensor([end + [-100] * (longest - len(end)) for end in ends])
         inputs = embed(ids[:, :-1])
-        if step % 8:
-            hints = torch.zeros(batch, 1, len(tokenizer))
-            for b, i in enumerate(rows):
-                words = np.unique(texts[i])
-                count, chance = min(rng.integers(0, 9), len(words)), weight[words] / weight[words].sum()
-                words = rng.choice(words, count, replace=False, p=chance)
-                hints[b, 0, words] = torch.rand(len(words), generator=generator)
-            noise = (torch.randn(batch, n, 192, generator=generator) * sd for n, sd in ((1, .3), (TOKENS, 1.0)))
-            slots = hints @ embed.weight + embed.weight.detach().std() * sum(noise)
+        if hinted:
+            hints = draw_hints([vocabularies[i] for i in rows], weight, rng, generator)
+            noise = .3 * torch.randn(batch, 1, 192, generator=generator)
+            noise = noise + torch.randn(batch, TOKENS, 192, generator=generator)
+            slots = hints @ embed.weight + embed.weight.detach().std() * noise
             inputs = torch.cat([inputs[:, :start], slots, inputs[:, start + TOKENS:]], 1)
         with torch.autocast("cpu", torch.bfloat16):
-            states = llama.model(inputs_embeds=inputs).last_hidden_state  # padding follows: no mask needed
+            states = llama.model(inputs_embeds=inputs).last_hidden_state  # padding follows: no mask
             logits = llama.lm_head(states[:, len(prompt) - 1:])
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     pretrain("Llama", list(llama.parameters()), steps, loss_of, beta2=.999)
     llama.save_pretrained(folder)
 
 
-def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] = DEMO_SPLITS, swin_steps: int = 900,
-               llama_steps: int = 500) -> None:
-    """Write the demo: a data root in R2Gen's format, and the folders swin and llama in it. Same arguments, same bytes.
-    `clean` is the report cleaning of the dataset: the Llama reads what training reads.
+def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] = DEMO_SPLITS,
+               swin_steps: int = 900, llama_steps: int = 500) -> None:
+    """Write the demo: a data root in R2Gen's format, and the folders swin and llama in it.
 
-    Built under another name and renamed at the end, so that a stopped build leaves nothing that looks whole.
+    Same arguments, same bytes. `clean` is the report cleaning of the dataset: the Llama reads what
+    training reads. Built under another name and renamed at the end, so that a stopped build leaves
+    nothing that looks whole.
     """
     building = root.with_name(root.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     with torch.random.fork_rng():
         annotation, truth = draw_studies(building, studies)
         pretrain_swin(building / "swin", swin_steps)
-        pretrain_llama(building / "llama", [clean(s["report"]) for s in annotation["train"]], llama_steps)
+        reports = [clean(study["report"]) for study in annotation["train"]]
+        pretrain_llama(building / "llama", reports, llama_steps)
+    phrases = {name: spec["phrases"] for name, spec in DEMO_FINDINGS.items()}
+    sides = {side: [side] for side in ("left", "right")}
+    sizes_and_grades = zip(*DEMO_REPORTS["extents"].values())
+    extents = {size: sorted({size, grade}) for size, grade in sizes_and_grades}
     (building / "findings.json").write_text(json.dumps({
-        "phrases": {name: spec["phrases"] for name, spec in DEMO_FINDINGS.items()},
-        "sides": {"left": ["left"], "right": ["right"]},
-        "extents": {size: sorted({size, grade}) for size, grade in zip(*DEMO_REPORTS["extents"].values())},
-        "studies": truth}))
+        "phrases": phrases, "sides": sides, "extents": extents, "studies": truth}))
     (building / "annotation.json").write_text(json.dumps(annotation))
     building.rename(root)
 
@@ -334,15 +519,19 @@ PLAIN, AGREES, DIFFERS = "#1f2328", "#0b5fa5", "#c2410c"
 
 
 def coloured(text: str, other: str, spec: dict) -> list[tuple[str, str]]:
-    """(word, colour) of a cleaned text beside another: what a phrase of `spec` (findings.json) reads
-    as a finding, its side or its extent is AGREES if the other text says so too, else DIFFERS."""
+    """(word, colour) of a cleaned text beside another.
+
+    What a phrase of `spec` (findings.json) reads as a finding, its side or its extent is AGREES if
+    the other text says so too, else DIFFERS.
+    """
     from data import named_findings  # data.py imports this module
     theirs, words = named_findings(other, spec), []
     for sentence in text.removesuffix(" .").split(" . "):
         colours = {}
         for finding, details in named_findings(sentence, spec).items():
             said = [("phrases", finding, finding in theirs)]
-            for key, ours, own in zip(("sides", "extents"), details, theirs.get(finding, (None,) * 2)):
+            their_details = theirs.get(finding, (None, None))
+            for key, ours, own in zip(("sides", "extents"), details, their_details):
                 said += [(key, ours, ours == own)] if ours else []
             colours |= {word: AGREES if agrees else DIFFERS
                         for key, name, agrees in said for word in spec[key][name]}
@@ -354,7 +543,7 @@ def coloured(text: str, other: str, spec: dict) -> list[tuple[str, str]]:
 
 def write_words(draw: ImageDraw.ImageDraw, words: list[tuple[str, str]], x: int, y: int,
                 font: ImageFont.FreeTypeFont) -> None:
-    """Words in their colours, wrapped to COLUMN; a line under what differs, for who sees no colour."""
+    """Words in their colours, wrapped to COLUMN; what differs has a line under it as well."""
     left, space = x, draw.textlength(" ", font)
     for word, colour in words:
         width = draw.textlength(word, font)
@@ -390,8 +579,9 @@ def draw_cases(run: Path, root: Path, target: Path) -> None:
     for i, (named, rows) in enumerate(groups.items()):
         row = next((row for row in rows if len(row["image_path"]) == 2), None)
         y = i * height + MARGIN
-        title = f"{('Neither', 'One', 'Both')[named]} of two findings named: {len(rows)} of {total} studies"
-        draw.text((MARGIN, y), title + (f", such as {row['id']}" if row else ""), "#59636e", font)
+        title = ("Neither", "One", "Both")[named] + " of two findings named: "
+        title += f"{len(rows)} of {total} studies" + (f", such as {row['id']}" if row else "")
+        draw.text((MARGIN, y), title, "#59636e", font)
         if row is None:
             continue
         y += LINE + 6
