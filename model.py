@@ -2,14 +2,15 @@
 
 In the paper's order: the model, its decoding (Eq. 7), the teacher (Sec. 3.3), reading and writing
 weights, the labeller of Table 3; last, what several processes share. The loss functions are in
-losses.py; their sum (Eq. 8) is in the training loop. Left out on purpose: a [CLS] token (A6) and any
-projection on the image side of DID (Eq. 4).
+losses.py; their sum (Eq. 8) is in the training loop. Left out on purpose: a [CLS] token (A6) and
+any projection on the image side of DID (Eq. 4).
 """
 import json
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partialmethod
 from pathlib import Path
@@ -43,12 +44,14 @@ class VDGen(nn.Module):
             (N, D, h, w) (Sec. 3.1).
         llm: a Hugging Face causal LM of the Llama architecture (`.model` and an output embedding).
         tokenizer: of that LLM, with a begin and an end token.
-        teacher_width: D_t when `model.teacher` names another encoder; default: the LLM's width (A5).
+        teacher_width: D_t when `model.teacher` names another encoder; default: the LLM's width
+            (A5).
         image_mean, image_std: what the encoder was pretrained with, three numbers each.
     """
 
     def __init__(self, config: Config, vision: nn.Module, llm: nn.Module, tokenizer,
-                 teacher_width: int | None = None, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD):
+                 teacher_width: int | None = None,
+                 image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
 
@@ -61,7 +64,7 @@ class VDGen(nn.Module):
         hidden = self.encoder_shape()
         is_map = len(hidden) == 4
         if is_map:
-            vision.to(memory_format=torch.channels_last)  # convolutions: a quarter of their time less
+            vision.to(memory_format=torch.channels_last)  # convolutions take a quarter less time
         D, D_h = hidden[1 if is_map else 2], llm.config.hidden_size
         self.norm = nn.LayerNorm(D)
 
@@ -80,7 +83,8 @@ class VDGen(nn.Module):
             target_modules=list(lora.target_modules), task_type="CAUSAL_LM"))
         if config.train.recompute:
             for part in (vision, llm):  # by its name in transformers 5.24, else by its older one
-                getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)()
+                enable = getattr(part, "activation_checkpointing_enable", None)
+                (enable or part.gradient_checkpointing_enable)()
 
         # The prompt and the pixels' scale: constants, in no checkpoint
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -105,7 +109,10 @@ class VDGen(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def encoder_shape(self) -> torch.Size:
-        """(1, S, D) or (1, D, h, w), from one pass on the meta device: no two families name them alike."""
+        """(1, S, D) or (1, D, h, w), of X^e; from one pass on the meta device.
+
+        No two families of encoders name these sizes alike in their configs.
+        """
         state = self.vision.state_dict(keep_vars=True)
         state = {name: value.to("meta") for name, value in state.items()}
         image = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
@@ -149,7 +156,7 @@ class VDGen(nn.Module):
         return terms, visual_tokens, did_top1
 
     def encode(self, images: Tensor, view_counts: list[int]) -> Tensor:
-        """Sec. 3.2: X^e, the visual tokens of each study: Swin, LayerNorm (A26), mean over views (A8).
+        """Sec. 3.2: X^e, visual tokens of each study: Swin, LayerNorm (A26), mean over views (A8).
 
         Args:
             images: (sum of view_counts, 3, H, W) uint8, the views of one study after the other's.
@@ -165,7 +172,10 @@ class VDGen(nn.Module):
         return torch.stack([views.mean(dim=0) for views in tokens.split(view_counts)])
 
     def embed_prompt(self, visual_tokens: Tensor) -> Tensor:
-        """Sec. 3.4: BOS, the prompt, and in it the visual tokens (B, S, D), projected (A7): (B, P, D_h)."""
+        """Sec. 3.4: BOS and the prompt, and in it the visual tokens, projected (A7).
+
+        Args: visual_tokens: (B, S, D). Returns: (B, P, D_h).
+        """
         embed, B = self.causal_lm.get_input_embeddings(), len(visual_tokens)
         before = embed(self.before_ids).expand(B, -1, -1)
         after = embed(self.after_ids).expand(B, -1, -1)
@@ -187,8 +197,10 @@ class VDGen(nn.Module):
             states = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
             hidden += [row[P - 1:P - 1 + n] for row, n in zip(states, lengths)]
             targets += [row[:n] for row, n in zip(ids, lengths)]
-        logits = self.causal_lm.get_output_embeddings()(torch.cat(hidden))  # at report positions only
-        loss, tokens, world = report_loss(logits, torch.cat(targets)), sum(report_lengths), ranks()[1]
+        lm_head = self.causal_lm.get_output_embeddings()
+        logits = lm_head(torch.cat(hidden))  # at report positions only
+        loss = report_loss(logits, torch.cat(targets))
+        tokens, world = sum(report_lengths), ranks()[1]
         if world > 1:  # from the mean over this rank's tokens to its share of the mean over all
             total = torch.full((), tokens, device=self.device)
             torch.distributed.all_reduce(total)
@@ -222,18 +234,18 @@ class VDGen(nn.Module):
         return {name: value for name, value in self.state_dict().items() if name not in frozen}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """The reverse, strictly: ValueError if a tensor is missing, unexpected or of another shape.
+        """The reverse of `trained_state`, strictly.
 
-        The same for one that is not finite.
+        Raises ValueError if a tensor is missing, unexpected, of another shape, or not finite.
         """
         own = self.trained_state()
         wrong = sorted(own.keys() ^ state.keys())
         both = sorted(own.keys() & state.keys())
         wrong += [name for name in both if own[name].shape != state[name].shape]
         if wrong:
-            raise ValueError(f"checkpoint: {len(wrong)} tensors are missing, unexpected or of another "
-                             f"shape, first {wrong[0]}; it was written by a model with other sizes "
-                             f"or another `model` section")
+            raise ValueError(f"checkpoint: {len(wrong)} tensors are missing, unexpected or of "
+                             f"another shape, first {wrong[0]}; it was written by a model with "
+                             f"other sizes or another `model` section")
         damaged = [name for name, value in state.items() if not value.isfinite().all()]
         if damaged:
             raise ValueError(f"checkpoint: {damaged[0]} holds values that are not finite")
@@ -259,42 +271,47 @@ def load_model(config: Config) -> VDGen:
     llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype)
     tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; both "
-                         f"are needed (A9)")
+        raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; "
+                         f"both are needed (A9)")
     width = None
     if names.teacher is not None and config.loss.did_weight:
         width = _pretrained(AutoConfig, names.teacher, "model.teacher").hidden_size
     return VDGen(config, vision, llm, tokenizer, width, processor.image_mean, processor.image_std)
 
 
-# Decoding (Eq. 7) -----------------------------------------------------------------------------------
+# Decoding (Eq. 7) ---------------------------------------------------------------------------------
 
-def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      scaling: float, dropout: float = 0.0, **_) -> tuple[Tensor, None]:
-    """The attention of the LLM. A key-value head that serves G query heads is not copied to each of them.
+def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                      attention_mask: Tensor | None, scaling: float, dropout: float = 0.0,
+                      **_) -> tuple[Tensor, None]:
+    """The attention of the LLM: a key-value head that serves G query heads is not copied to each.
 
-    The library is told of no mask that goes with this attention, so that it neither makes one nor waits for the device to
-    learn whether one is needed. A mask of padding would be lost here: VDGen pads on the right, which a causal LLM never sees.
+    The library is told of no mask that goes with this attention, so that it neither makes one nor
+    waits for the device to learn whether one is needed. A mask of padding would be lost here: VDGen
+    pads on the right, which a causal LLM never sees.
 
     Args:
         query: (B, H, N, d), of the last N tokens.
         key, value: (B, H / G, T, d).
-        attention_mask: (B or 1, 1, N, T), added to the scores; None: each token sees itself and those before it.
+        attention_mask: (B or 1, 1, N, T), added to the scores; None: each token sees itself and
+            those before it.
     Returns:
-        (B, N, H, d).
+        (B, N, H, d), and None in place of the weights.
     """
     B, H, N, d = query.shape
     Hkv, T = key.shape[1:3]
-    fused, options = nn.functional.scaled_dot_product_attention, dict(dropout_p=dropout, scale=scaling)
+    fused = nn.functional.scaled_dot_product_attention
+    options = dict(dropout_p=dropout, scale=scaling)
     if attention_mask is not None:  # the query heads of a key-value head are further rows of one
         mask = attention_mask[:, :, None].expand(-1, -1, H // Hkv, -1, -1).flatten(2, 3)
         heads = fused(query.reshape(B, Hkv, -1, d), key, value, mask, **options).view(B, H, N, d)
     elif query.device.type != "cpu":
         heads = fused(query, key, value, is_causal=N > 1, enable_gqa=H != Hkv, **options)
     else:  # the fused kernel takes 2 to 3 times as long for bfloat16 and its gradients
-        weights = (query.reshape(B, Hkv, -1, d) @ key.transpose(2, 3) * scaling).view(B, H, N, T)
-        weights = weights + weights.new_full((N, T), -torch.inf).triu(1 + T - N)
-        weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+        scores = query.reshape(B, Hkv, -1, d) @ key.transpose(2, 3) * scaling
+        scores = scores.view(B, H, N, T)
+        scores = scores + scores.new_full((N, T), -torch.inf).triu(1 + T - N)
+        weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         weights = nn.functional.dropout(weights, dropout, module.training)
         heads = (weights.view(B, Hkv, -1, T) @ value).view(B, H, N, d)
     return heads.transpose(1, 2).contiguous(), None
@@ -303,8 +320,11 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 AttentionInterface.register("grouped", grouped_attention)
 
 
-class _Layer(DynamicLayer):
-    """A layer of the cache with room for its final length: it grows without a copy, and its memory is asked for once."""
+class _CacheLayer(DynamicLayer):
+    """The keys and values of one layer of the LLM, with room for their final length.
+
+    They grow without a copy, and their memory is asked for once.
+    """
 
     def __init__(self, length: int):
         super().__init__()
@@ -312,7 +332,8 @@ class _Layer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Append (B, H, N, d) keys and values; returns views of all so far, (B, H, T, d)."""
-        (B, H, N, d), T = keys.shape, self.get_seq_length()
+        B, H, N, d = keys.shape
+        T = self.get_seq_length()
         if not T:
             self.lazy_initialization(keys, values)
             self.room = keys.new_empty(2, B, H, self.length, d)
@@ -322,7 +343,7 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, rows: Tensor) -> None:
-        """Keep these rows, in rising order; they move up within the room."""
+        """Keep these rows of the batch, in rising order; they move up within the room."""
         filled, B = self.room[:, :, :, :self.get_seq_length()], len(rows)
         filled[:, :B] = filled[:, rows]
         self.room = self.room[:, :B]
@@ -331,264 +352,346 @@ class _Layer(DynamicLayer):
 
 @torch.no_grad()
 def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int) -> Tensor:
-    """The beam search of transformers' `generate` (greedy with one beam), token for token, without its repeated work.
+    """Eq. 7: the beam search of transformers' `generate` (greedy with one beam), token for token.
 
-    The prompt passes the LLM once a study, not once a beam. The beams of a study stand side by side in one row of the
-    cache, as a tree: each step appends their N new tokens, and a mask shows each beam its own ancestors, so that no key
-    is ever copied from beam to beam. A study whose result is settled leaves the batch.
+    Without its repeated work: the prompt passes the LLM once a study, not once a beam. The beams of
+    a study stand side by side in one row of the cache, as a tree: each step appends their N new
+    tokens, and a mask shows each beam its own ancestors, so that no key is ever copied from beam to
+    beam. A study whose result is settled leaves the batch.
 
     Args:
         prompt: (B, P, D_h), without padding.
     Returns:
         (B, max_new_tokens) ids, `eos_id` behind the end.
     """
-    (B, P, _), N, length = prompt.shape, settings.num_beams, settings.max_new_tokens
-    device, most = prompt.device, P + N * (length - 1)
-    cache = Cache(layers=[_Layer(most) for _ in range(llm.config.num_hidden_layers)])
-    # By place: this argument, `past_key_values` up to transformers 5.10, is called `cache` in 5.24.
+    (B, P, _), device = prompt.shape, prompt.device
+    N, length = settings.num_beams, settings.max_new_tokens
+    T_max = P + N * (length - 1)  # the last N tokens never enter the LLM
+    cache = Cache(layers=[_CacheLayer(T_max) for _ in range(llm.config.num_hidden_layers)])
+    # By place: this argument, `past_key_values` up to transformers 5.10, is `cache` in 5.24.
     hidden = llm.model(None, None, None, cache, prompt).last_hidden_state[:, -1:]
     written = torch.full((B, length), eos_id, device=device)
-    studies = torch.arange(B, device=device)                           # those that the following rows belong to
-    tokens = torch.empty(B, N, 0, dtype=torch.long, device=device)     # of the running beams
-    running = torch.zeros(B, 1, device=device)                         # their log-probabilities; at first of one beam
-    ended_scores = torch.full((B, N), -torch.inf, device=device)       # the best N that came to an end, best first
-    ended_tokens = written[:, None].repeat(1, N, 1)
-    # What each beam sees: the prompt and its ancestors. The row is padded: the GPU's kernel wants a stride of 8.
-    mask = torch.full((B, N, most + -most % 8), -torch.inf, dtype=llm.dtype, device=device)
-    mask[:, :, :P] = 0
+    studies = torch.arange(B, device=device)  # whose rows stand in all that follow
+    tokens = torch.empty(B, N, 0, dtype=torch.long, device=device)  # of the running beams
+    running = torch.zeros(B, 1, device=device)  # their log-probabilities; at first of one beam
+    ended_scores = torch.full((B, N), -torch.inf, device=device)  # the best N that ended
+    ended_tokens = written[:, None].repeat(1, N, 1)  # of these, best first
+    mask = _prompt_mask(llm, B, N, P, T_max, device)  # what each running beam sees
     for t in range(length):
-        candidates, parents, new = _candidates(llm.get_output_embeddings()(hidden).float(), tokens, running, settings, eos_id)
-        grown = torch.cat([_of_beams(tokens, parents), new[..., None]], dim=2)
-        ends = (new == eos_id) | (t + 1 == length)
-        # Only the best N candidates may end. What ended is ranked by its log-probability over a power of its length.
-        scores = (candidates / (t + 1) ** settings.length_penalty).masked_fill(~ends, -torch.inf)[:, :N]
-        ended_scores, order = torch.cat([ended_scores, scores], dim=1).topk(N)
+        logits = llm.get_output_embeddings()(hidden).float()
+        candidates, parents, new_ids = _candidates(logits, tokens, running, settings, eos_id)
+        grown = torch.cat([_of_beams(tokens, parents), new_ids[..., None]], dim=2)
+        ends = (new_ids == eos_id) | (t + 1 == length)
+        # Only the best N candidates may end. Their rank: log-probability over a power of length.
+        power = (t + 1) ** settings.length_penalty
+        scores = (candidates / power).masked_fill(~ends, -torch.inf)[:, :N]
         padded = nn.functional.pad(grown[:, :N], (0, length - t - 1), value=eos_id)
+        ended_scores, order = torch.cat([ended_scores, scores], dim=1).topk(N)
         ended_tokens = _of_beams(torch.cat([ended_tokens, padded], dim=1), order)
         written[studies] = ended_tokens[:, 0]
         if t + 1 == length:
             break
         running, order = candidates.masked_fill(ends, -torch.inf).topk(N)
         tokens, mask = _of_beams(grown, order), _of_beams(mask, parents.gather(1, order))
-        # Settled: N have ended, and the best running beam would not be among them if it ended now (the library's rule).
-        open_ = running[:, 0] / (t + 1) ** settings.length_penalty > ended_scores[:, -1]
-        if t >= settings.min_new_tokens and not open_.all():  # before, none can end: the device is not waited for
-            left = open_.nonzero()[:, 0]
+        # Settled: N have ended, and the best running beam would not join them if it ended now.
+        unsettled = running[:, 0] / power > ended_scores[:, -1]
+        if t >= settings.min_new_tokens and not unsettled.all():  # before, none ends: no waiting
+            left = unsettled.nonzero()[:, 0]
             if not len(left):
                 break
             studies, tokens, running, mask, ended_scores, ended_tokens = (
                 rows[left] for rows in (studies, tokens, running, mask, ended_scores, ended_tokens))
             cache.batch_select_indices(left)
         T = P + N * (t + 1)
-        mask[:, :, T - N:T].diagonal(dim1=1, dim2=2).zero_()  # itself
-        hidden = llm.model(None, mask[:, None, :, :T], torch.full((1, N), P + t, device=device), cache,
-                           llm.get_input_embeddings()(tokens[..., -1])).last_hidden_state
+        mask[:, :, T - N:T].diagonal(dim1=1, dim2=2).zero_()  # each new token sees itself
+        positions = torch.full((1, N), P + t, device=device)
+        embed = llm.get_input_embeddings()(tokens[..., -1])
+        hidden = llm.model(None, mask[:, None, :, :T], positions, cache, embed).last_hidden_state
     return written
+
+
+def _prompt_mask(llm: nn.Module, B: int, N: int, P: int, T_max: int,
+                 device: torch.device) -> Tensor:
+    """(B, N, T_max and more): 0 where a beam sees, on the prompt; -inf elsewhere.
+
+    The rows are padded to a multiple of 8: the GPU's kernel wants such a stride.
+    """
+    mask = torch.full((B, N, T_max + -T_max % 8), -torch.inf, dtype=llm.dtype, device=device)
+    mask[:, :, :P] = 0
+    return mask
 
 
 def _candidates(logits: Tensor, tokens: Tensor, running: Tensor, settings: Generate,
                 eos_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best 2 N continuations of each study, of which at most N end: log-probability, parent beam and new token, (B, 2 N)."""
+    """The best 2 N continuations of each study's N beams: of these at most N end.
+
+    Args:
+        logits: (B, N, V) of the next token, changed in place; in the first step (B, 1, V).
+        tokens: (B, N, t) what the beams have written.
+        running: (B, N) their log-probabilities; in the first step (B, 1).
+    Returns:
+        log-probability, parent beam and new token of each, all (B, 2 N), best first.
+    """
     N, t = tokens.shape[1:]
-    norm = logits.logsumexp(dim=2, keepdim=True) if N > 1 else 0  # penalties: greedy on logits, beams on log-probabilities
+    # The penalty works on logits when greedy, on log-probabilities with beams, as in the library.
+    norm = logits.logsumexp(dim=2, keepdim=True) if N > 1 else 0
     if t and settings.repetition_penalty != 1:
         seen = logits.gather(2, tokens) - norm
         seen *= torch.where(seen < 0, settings.repetition_penalty, 1 / settings.repetition_penalty)
         logits.scatter_(2, tokens, seen + norm)
     if t < settings.min_new_tokens:
         logits[..., eos_id] = -torch.inf
-    best, new = logits.topk(2 * N)  # of each beam
+    best, new_ids = logits.topk(2 * N)  # of each beam
     best, order = (best - norm + running[..., None]).flatten(1).topk(2 * N)
-    return best, order // (2 * N), new.flatten(1).gather(1, order)
+    return best, order // (2 * N), new_ids.flatten(1).gather(1, order)
 
 
 def _of_beams(rows: Tensor, beams: Tensor) -> Tensor:
-    """(B, N, T) rows of the beams (B, M): (B, M, T)."""
+    """Of rows (B, N, T), one for each beam, those of the beams (B, M) that are named: (B, M, T)."""
     return rows.gather(1, beams[..., None].expand(-1, -1, rows.shape[2]))
 
 
-# The teacher (Sec. 3.3, A5) --------------------------------------------------------------------------
+# The teacher (Sec. 3.3, A5) -----------------------------------------------------------------------
 
 @torch.no_grad()
 def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
-    """A5: y, the teacher's embedding of each report: the mean of its last hidden states over the report's tokens.
+    """A5: y, the teacher's embedding of each report: the mean of its last hidden states.
 
-    The teacher is the LLM without LoRA, reading BOS and the report alone (BOS is left out of the mean), or the encoder
-    that `model.teacher` names, with its own special tokens (left out too). No gradient. Equal texts are computed once,
-    in an order and in batches that depend on the set of texts only.
+    The teacher is the LLM without LoRA, reading BOS and the report alone, or the encoder that
+    `model.teacher` names, with its own special tokens. The mean is over the report's tokens: BOS
+    and special tokens are left out. No gradient. Equal texts are computed once, in an order and in
+    batches that depend on the set of texts only.
 
     Returns:
         {text: (D_t,) on the CPU, in the LLM's type}.
     """
-    name, itself = model.config.model.teacher, model.config.model.teacher is None
-    if itself:
+    name, dtype = model.config.model.teacher, model.causal_lm.dtype
+    is_llm, adapters = name is None, nullcontext()
+    if is_llm:
         teacher, tokenizer = model.causal_lm.model, model.tokenizer
+        if model.config.model.lora:
+            adapters = model.llm.disable_adapter()
     else:
-        teacher = _pretrained(AutoModel, name, "model.teacher", dtype=torch.float32).to(model.device)
+        teacher = _pretrained(AutoModel, name, "model.teacher", dtype=torch.float32)
+        teacher = teacher.to(model.device)
         tokenizer = _pretrained(AutoTokenizer, name, "model.teacher")
-    dtype, options = model.causal_lm.dtype, dict(use_cache=False) if itself else {}  # keys that nothing would read
     texts = sorted(set(texts), key=lambda text: (len(text), text))
     was_training, embeddings = model.training, {}
-    model.eval(), teacher.eval()
-    adapters = model.llm.disable_adapter() if itself and model.config.model.lora else torch.no_grad()
+    model.eval()
+    teacher.eval()
     with adapters, model.autocast():
-        for start in tqdm(range(0, len(texts), TEACHER_BATCH), desc="teacher", unit="batch", leave=False):
+        starts = range(0, len(texts), TEACHER_BATCH)
+        for start in tqdm(starts, desc="teacher", unit="batch", leave=False):
             batch = texts[start:start + TEACHER_BATCH]
-            ids, kept = zip(*(_teacher_ids(tokenizer, text, itself) for text in batch))
-            padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
-            kept = nn.utils.rnn.pad_sequence(kept, batch_first=True).to(model.device)
-            lengths = torch.tensor([len(row) for row in ids], device=model.device)
-            mask = torch.arange(padded.shape[1], device=model.device) < lengths[:, None]
-            hidden = teacher(input_ids=padded, attention_mask=mask.long(), **options).last_hidden_state.float()
-            means = (hidden * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
+            means = _mean_states(teacher, tokenizer, batch, is_llm)
             embeddings.update(zip(batch, means.to(dtype).cpu()))
     model.train(was_training)
     return embeddings
 
 
+def _mean_states(teacher: nn.Module, tokenizer, texts: list[str], is_llm: bool) -> Tensor:
+    """(B, D_t) float32: the last hidden states of each text, mean over its own tokens."""
+    ids, kept = zip(*(_teacher_ids(tokenizer, text, is_llm) for text in texts))
+    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(teacher.device)
+    kept = nn.utils.rnn.pad_sequence(kept, batch_first=True).to(teacher.device)
+    lengths = torch.tensor([len(row) for row in ids], device=teacher.device)
+    mask = torch.arange(padded.shape[1], device=teacher.device) < lengths[:, None]
+    options = dict(use_cache=False) if is_llm else {}  # keys that nothing would read
+    states = teacher(input_ids=padded, attention_mask=mask.long(), **options).last_hidden_state
+    return (states.float() * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
+
+
+def _teacher_ids(tokenizer, text: str, is_llm: bool) -> tuple[Tensor, Tensor]:
+    """(L,) token ids of a report as its teacher reads it; (L,) bool, True = counts in the mean."""
+    if is_llm:
+        ids = tokenizer(text, add_special_tokens=False, truncation=True,
+                        max_length=TEACHER_MAX_TOKENS - 1).input_ids
+        kept = [False] + [True] * len(ids)
+        return torch.tensor([tokenizer.bos_token_id] + ids), torch.tensor(kept)
+    encoded = tokenizer(text, truncation=True, max_length=TEACHER_MAX_TOKENS,
+                        return_special_tokens_mask=True)
+    special = torch.tensor(encoded.special_tokens_mask, dtype=torch.bool)
+    return torch.tensor(encoded.input_ids), ~special
+
+
 class Teacher:
     """A5: y of the training studies, each dimension standardised over them (mean 0, deviation 1).
 
-    A report counts as often as it occurs. An LLM's embeddings lie in a narrow cone; standardising is an affine map that
-    W2 and b2 of Eq. 5 could undo, so only their conditioning changes. All ranks, and a resumed run, compute the same.
+    A report counts as often as it occurs. An LLM's embeddings lie in a narrow cone; standardising
+    is an affine map that W2 and b2 of Eq. 5 could undo, so only their conditioning changes. All
+    ranks, and a resumed run, compute the same.
 
     Args:
-        embeddings: (U, D_t) of the different reports, as `embed_reports` gives them.
-        rows: (N,) the row of each of the N training studies.
+        embeddings: (U, D_t) of the U different reports, as `embed_reports` gives them.
+        report_of_study: (N,) which row of these each of the N training studies has.
     """
 
-    def __init__(self, embeddings: Tensor, rows: Tensor):
-        self.embeddings, self.rows = embeddings, rows
-        counts = rows.bincount(minlength=len(embeddings)).double()
-        self.mean, self.deviation = torch.zeros(2, embeddings.shape[1], dtype=torch.float64)
-        for part, n in zip(embeddings.split(4096), counts.split(4096)):  # in parts: MIMIC-CXR has gigabytes of them
-            self.mean += n @ part.double() / len(rows)
-        for part, n in zip(embeddings.split(4096), counts.split(4096)):
-            self.deviation += n @ (part.double() - self.mean) ** 2 / len(rows)
+    def __init__(self, embeddings: Tensor, report_of_study: Tensor):
+        self.embeddings, self.report_of_study = embeddings, report_of_study
+        N, (U, D_t) = len(report_of_study), embeddings.shape
+        counts = report_of_study.bincount(minlength=U).double()
+        self.mean, self.deviation = torch.zeros(2, D_t, dtype=torch.float64)
+        step = 4096  # reports at a time: those of MIMIC-CXR are gigabytes
+        for reports, times in zip(embeddings.split(step), counts.split(step)):
+            self.mean += times @ reports.double() / N
+        for reports, times in zip(embeddings.split(step), counts.split(step)):
+            self.deviation += times @ (reports.double() - self.mean) ** 2 / N
         self.mean = self.mean.float()
-        self.deviation = self.deviation.sqrt().float().clamp(min=1e-6)  # a dimension that does not vary stays finite
+        self.deviation = self.deviation.sqrt().float()
+        self.deviation = self.deviation.clamp(min=1e-6)  # what does not vary stays finite
 
     def __call__(self, studies: list[int]) -> Tensor:
         """(B, D_t) float32 of training studies, by their numbers."""
-        return self.standardise(self.embeddings[self.rows[studies]])
+        return self.standardise(self.embeddings[self.report_of_study[studies]])
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Any reports' embeddings (.., D_t), by the training studies' mean and deviation."""
         return (embeddings.float() - self.mean) / self.deviation
 
 
-def _teacher_ids(tokenizer, text: str, is_decoder: bool) -> tuple[Tensor, Tensor]:
-    """Token ids of one report as the teacher reads it, and which of them count in the mean (True = keep)."""
-    if is_decoder:
-        ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=TEACHER_MAX_TOKENS - 1).input_ids
-        return torch.tensor([tokenizer.bos_token_id] + ids), torch.tensor([False] + [True] * len(ids))
-    encoded = tokenizer(text, truncation=True, max_length=TEACHER_MAX_TOKENS, return_special_tokens_mask=True)
-    return torch.tensor(encoded.input_ids), ~torch.tensor(encoded.special_tokens_mask, dtype=torch.bool)
-
-
-# Weights from disk ----------------------------------------------------------------------------------
+# Weights from disk --------------------------------------------------------------------------------
 
 def _pretrained(kind, name: str, key: str, **options):
+    """`kind.from_pretrained(name)`; FileNotFoundError that names the setting `key` if it fails."""
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise FileNotFoundError(f"{key}: cannot load {name!r} as {kind.__name__}: expected a folder of a Hugging Face "
-                                f"model, or a name on the hub that this machine can reach "
-                                f"({str(error).strip().splitlines()[0]})") from None
+        raise FileNotFoundError(f"{key}: cannot load {name!r} as {kind.__name__}: expected a "
+                                f"folder of a Hugging Face model, or a name on the hub that this "
+                                f"machine can reach ({_first_line(error)})") from None
 
 
-def read_checkpoint(path, of: str = "VDGen", keys=("model", "config"), mmap: bool = False) -> dict:
-    """best.pt or last.pt, tensors and plain values only (`weights_only`): else ValueError.
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
-    mmap: tensors stay in the file, whose pages all processes of a machine share.
+
+def read_checkpoint(path, owner: str = "VDGen", keys=("model", "config"),
+                    mmap: bool = False) -> dict:
+    """A file of torch.save, tensors and plain values only: no code in it is run.
+
+    Args:
+        path: best.pt or last.pt, or a file of another owner.
+        owner: whose checkpoint is expected; for the error.
+        keys: those that it must have.
+        mmap: tensors stay in the file, whose pages all processes of a machine share.
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is no such checkpoint.
     """
+    wrong = f"checkpoint {path}: not a checkpoint of {owner}"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise FileNotFoundError(f"checkpoint {path}: no such file") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"checkpoint {path}: not a checkpoint of {of}: it holds more than tensors and plain values; pickled "
-                         f"code is never run") from None
+        raise ValueError(f"{wrong}: it holds more than tensors and plain values; pickled code is "
+                         f"never run") from None
     except Exception as error:  # a zip or runtime error, as the junk may be
-        raise ValueError(f"checkpoint {path}: not a checkpoint of {of} ({str(error).strip().splitlines()[0]})") from None
+        raise ValueError(f"{wrong} ({_first_line(error)})") from None
     if not isinstance(checkpoint, dict) or not set(keys) <= checkpoint.keys():
-        raise ValueError(f"checkpoint {path}: not a checkpoint of {of}: it has no {' and '.join(f'`{k}`' for k in keys)}")
+        expected = " and ".join(f"`{key}`" for key in keys)
+        raise ValueError(f"{wrong}: it has no {expected}")
     return checkpoint
 
 
-# The labeller of Table 3 ----------------------------------------------------------------------------------------------
+# The labeller of Table 3 --------------------------------------------------------------------------
 
-CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
-              "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
-              "Support Devices", "No Finding")  # the order of its heads
+# In the order of the labeller's heads.
+CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
+              "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
+              "Pleural Other", "Fracture", "Support Devices", "No Finding")
 
 
 class CheXbert(nn.Module):
-    """CheXbert (Smit et al., 2020): BERT-base and, on its [CLS] state, one linear head for each of CONDITIONS.
+    """CheXbert (Smit et al., 2020): BERT-base, and on its [CLS] state a linear head a condition.
 
-    Classes: 0 not mentioned, 1 positive, 2 negative, 3 uncertain; No Finding knows 0 and 1 only. The dropout that stood
-    before the heads in training is left out.
+    Classes: 0 not mentioned, 1 positive, 2 negative, 3 uncertain; No Finding knows 0 and 1 only.
+    The dropout that stood before the heads in training is left out.
     """
 
     def __init__(self, bert: BertModel, tokenizer: BertTokenizer):
         super().__init__()
         self.bert, self.tokenizer = bert, tokenizer
-        self.linear_heads = nn.ModuleList(nn.Linear(bert.config.hidden_size, 2 if name == "No Finding" else 4)
-                                          for name in CONDITIONS)
+        classes = [2 if name == "No Finding" else 4 for name in CONDITIONS]
+        self.linear_heads = nn.ModuleList(nn.Linear(bert.config.hidden_size, n) for n in classes)
 
     @torch.no_grad()
     def label(self, reports: list[str], batch_size: int = 32) -> list[list[int]]:
-        """The 14 classes of each report; blanks are collapsed, and what lies behind 512 tokens is not read."""
-        texts, device = [" ".join(report.split()) for report in reports], self.bert.device
-        order, classes = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
-        for start in tqdm(range(0, len(order), batch_size), desc="CheXbert", unit="batch", leave=False):
-            rows = order[start:start + batch_size]  # of like length: little padding
-            tokens = self.tokenizer([texts[i] for i in rows], truncation=True, max_length=512, padding=True,
-                                    return_tensors="pt").to(device)
+        """The classes of each report, one for each of CONDITIONS.
+
+        Blanks are collapsed, and what lies behind 512 tokens is not read.
+        """
+        texts = [" ".join(report.split()) for report in reports]
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        classes = {}
+        starts = range(0, len(texts), batch_size)
+        for start in tqdm(starts, desc="CheXbert", unit="batch", leave=False):
+            batch = by_length[start:start + batch_size]  # of like length: little padding
+            tokens = self.tokenizer([texts[i] for i in batch], truncation=True, max_length=512,
+                                    padding=True, return_tensors="pt").to(self.bert.device)
             cls = self.bert(**tokens).last_hidden_state[:, 0]  # not the pooler's output
-            classes |= zip(rows, torch.stack([head(cls).argmax(dim=1) for head in self.linear_heads], dim=1).tolist())
+            highest = [head(cls).argmax(dim=1) for head in self.linear_heads]
+            classes |= zip(batch, torch.stack(highest, dim=1).tolist())
         return [classes[i] for i in range(len(texts))]
 
 
 def load_chexbert(path: str | Path, config: BertConfig | None = None) -> CheXbert:
-    """The published chexbert.pth, loaded strictly. Its vocabulary is bert-base-uncased's: from a vocab.txt beside it if
-    there is one, else from the hub. Raises FileNotFoundError or ValueError for another file."""
+    """The published chexbert.pth, loaded strictly, ready to label.
+
+    Its vocabulary is bert-base-uncased's: from a vocab.txt beside it if there is one, else from the
+    hub. `config`: of its BERT; default: BERT-base. Raises FileNotFoundError or ValueError for
+    another file.
+    """
     state = read_checkpoint(path, "CheXbert", ["model_state_dict"])["model_state_dict"]
     beside = Path(path).parent / "vocab.txt"
-    tokenizer = BertTokenizer(vocab=str(beside)) if beside.is_file() else \
-        _pretrained(BertTokenizer, "bert-base-uncased", f"--chexbert: without a {beside}")
+    if beside.is_file():
+        tokenizer = BertTokenizer(vocab=str(beside))
+    else:
+        key = f"--chexbert: without a {beside}"
+        tokenizer = _pretrained(BertTokenizer, "bert-base-uncased", key)
     model = CheXbert(BertModel(config or BertConfig()), tokenizer)
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    state.pop("bert.embeddings.position_ids", None)  # a constant that older versions of transformers stored
+    state.pop("bert.embeddings.position_ids", None)  # a constant that older transformers stored
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"checkpoint {path}: not the weights of CheXbert: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"checkpoint {path}: not the weights of CheXbert: {reason}") from None
     return model.eval()
 
 
 def chexbert_labeller(checkpoint: Path, cache: Path) -> Callable[[list[str]], list[list[int]]]:
-    """A function from reports to their 14 classes. A text is labelled once; `cache` (JSON) keeps it for the next time."""
+    """A function from reports to their 14 classes, as `CheXbert.label` gives them.
+
+    A text is labelled once: the file `cache` (JSON) keeps it for the next time. The weights are
+    read when a text is new, not before.
+    """
     if not checkpoint.is_file():
         raise FileNotFoundError(f"--chexbert {checkpoint}: no such file")
     version = f"{checkpoint.stat().st_size} bytes, {checkpoint.stat().st_mtime_ns} ns"
-    try:
-        stored = json.loads(cache.read_text(encoding="utf-8"))
-        known = stored["labels"] if (stored["checkpoint"], stored["conditions"]) == (version, list(CONDITIONS)) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}  # none yet, or cut short
+    known = _stored_labels(cache, version)
 
     def label(texts: list[str]) -> list[list[int]]:
         new = sorted(set(texts) - known.keys())
         if new:
             model = load_chexbert(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
             known.update(zip(new, model.label(new)))
-            cache.write_text(json.dumps({"checkpoint": version, "conditions": CONDITIONS, "labels": known}) + "\n")
+            stored = {"checkpoint": version, "conditions": CONDITIONS, "labels": known}
+            cache.write_text(json.dumps(stored) + "\n")
         return [known[text] for text in texts]
     return label
 
 
-# Several processes ----------------------------------------------------------------------------------
+def _stored_labels(cache: Path, version: str) -> dict[str, list[int]]:
+    """{text: its classes} that these weights gave earlier; {}: none yet, or the file is cut."""
+    try:
+        stored = json.loads(cache.read_text(encoding="utf-8"))
+        written_for = (stored["checkpoint"], stored["conditions"])
+        return stored["labels"] if written_for == (version, list(CONDITIONS)) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+# Several processes --------------------------------------------------------------------------------
 
 def ranks() -> tuple[int, int]:
     """(rank of this process, number of ranks); (0, 1) unless torchrun started it."""
@@ -597,15 +700,16 @@ def ranks() -> tuple[int, int]:
 
 
 def join_ranks() -> None:
-    """Under torchrun: join the group of processes. Ranks behind the first print nothing but their errors."""
+    """Under torchrun: join the group of processes. Ranks behind the first print only errors."""
     if "RANK" not in os.environ:
         return
     device = None
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(  # torchrun ends all ranks when one dies; the first may embed reports for hours (A5)
-        "nccl" if device else "gloo", timeout=timedelta(hours=12), device_id=device)
+    # torchrun ends all ranks when one dies, and the first may embed reports for hours (A5).
+    torch.distributed.init_process_group("nccl" if device else "gloo",
+                                         timeout=timedelta(hours=12), device_id=device)
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
@@ -614,15 +718,16 @@ def join_ranks() -> None:
 def gathered(rows: Tensor) -> Tensor:
     """The rows of all ranks, in their order: VSE and DID contrast the whole batch.
 
-    Gradient reaches this rank's own rows, times the number of ranks: each rank computes the same loss from all rows, and
-    what its rows ask for is divided by that number when the ranks' gradients are averaged.
+    Gradient reaches this rank's own rows, times the number of ranks: each rank computes the same
+    loss from all rows, and what its rows ask for is divided by that number when the ranks'
+    gradients are averaged.
     """
     rank, world = ranks()
     if world == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(world)]
-    torch.distributed.all_gather(parts, rows.detach())
-    parts[rank] = rows.clone()
-    if parts[rank].requires_grad:
-        parts[rank].register_hook(lambda gradient: gradient * world)
-    return torch.cat(parts)
+    rows_of_ranks = [torch.empty_like(rows) for _ in range(world)]
+    torch.distributed.all_gather(rows_of_ranks, rows.detach())
+    rows_of_ranks[rank] = rows.clone()
+    if rows_of_ranks[rank].requires_grad:
+        rows_of_ranks[rank].register_hook(lambda gradient: gradient * world)
+    return torch.cat(rows_of_ranks)

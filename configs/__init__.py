@@ -16,90 +16,97 @@ import yaml
 
 # Sec. 3.4: the visual tokens stand between the two halves; <img> and </img> are plain text (A9).
 PROMPT = ("Human: <img>",
-          "</img> Generate a comprehensive and detailed diagnosis report for this chest X-ray image.\nAssistant:")
+          "</img> Generate a comprehensive and detailed diagnosis report for this chest X-ray "
+          "image.\nAssistant:")
 
 
-def allowed(default, rule: str, test):
-    """A field whose value must pass `test`; `rule` says in words what is allowed. None is left to the type."""
+def allowed(rule: str, test, *, default):
+    """A field whose value must pass `test`; `rule` says in words what is allowed.
+
+    None never comes to the test: whether it is allowed, the field's type says.
+    """
     return field(default=default, metadata={"rule": rule, "test": test})
 
 
-def at_least(low, default):
-    return allowed(default, f"at least {low}", lambda value: value >= low)
+def at_least(low, *, default):
+    return allowed(f"at least {low}", lambda value: value >= low, default=default)
 
 
-def above_zero(default):
-    return allowed(default, "above 0", lambda value: value > 0)
+def above_zero(*, default):
+    return allowed("above 0", lambda value: value > 0, default=default)
 
 
-def one_of(default, *choices):
-    return allowed(default, " or ".join(map(repr, choices)), lambda value: value in choices)
+def one_of(*choices, default):
+    rule = " or ".join(map(repr, choices))
+    return allowed(rule, lambda value: value in choices, default=default)
 
 
 @dataclass(frozen=True)
 class Lora:
     """Sec. 4.1.2: rank and alpha are 16. Targets and dropout: A12."""
-    rank: int = at_least(1, 16)
-    alpha: int = at_least(1, 16)
-    dropout: float = allowed(0.1, "from 0 to below 1", lambda value: 0 <= value < 1)
+    rank: int = at_least(1, default=16)
+    alpha: int = at_least(1, default=16)
+    dropout: float = allowed("from 0 to below 1", lambda value: 0 <= value < 1, default=0.1)
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
 
 
 @dataclass(frozen=True)
 class Model:
     """Hub names or local folders of Hugging Face models."""
-    vision: str                             # any encoder that gives `last_hidden_state` (B, S, D)
-    llm: str                                # any causal LM of the Llama architecture
-    teacher: str | None = None              # null: the LLM itself (A5)
-    lora: Lora | None = Lora()              # null: "w/o LoRA" of Table 2 (A18)
-    vse_expansion: int = at_least(1, 2)     # D_z / D (A4)
+    vision: str                                  # any encoder that gives `last_hidden_state`
+    llm: str                                     # any causal LM of the Llama architecture
+    teacher: str | None = None                   # null: the LLM itself (A5)
+    lora: Lora | None = Lora()                   # null: "w/o LoRA" of Table 2 (A18)
+    vse_expansion: int = at_least(1, default=2)  # D_z / D (A4)
 
 
 @dataclass(frozen=True)
 class Loss:
-    vse_temperature: float = above_zero(1.0)   # tau of Eq. 3 (A3)
-    did_temperature: float = above_zero(0.07)  # tau of Eq. 6 (A3)
-    report_weight: float = above_zero(1.0)  # Eq. 8; A10: the tokens of a report would give Eq. 2's sum
-    vse_weight: float = at_least(0, 1.0)    # Eq. 8; 0 is "w/o VSE" of Table 2
-    did_weight: float = at_least(0, 1.0)    # Eq. 8; 0 is "w/o DID" of Table 2
-    vse_self_in_denominator: bool = False   # A1
+    vse_temperature: float = above_zero(default=1.0)   # tau of Eq. 3 (A3)
+    did_temperature: float = above_zero(default=0.07)  # tau of Eq. 6 (A3)
+    report_weight: float = above_zero(default=1.0)     # Eq. 8; how to get Eq. 2's sum: A10
+    vse_weight: float = at_least(0, default=1.0)       # Eq. 8; 0 is "w/o VSE" of Table 2
+    did_weight: float = at_least(0, default=1.0)       # Eq. 8; 0 is "w/o DID" of Table 2
+    vse_self_in_denominator: bool = False              # A1
 
 
 @dataclass(frozen=True)
 class Data:
-    root: str                               # holds annotation.json and images/
-    dataset: str = one_of("iu_xray", "iu_xray", "mimic_cxr", "demo")  # cleaning (A15) and the paper's row
-    limit: int | None = at_least(1, None)   # that many studies of each split; null: all
-    max_report_tokens: int = at_least(1, 100)     # A23, A20
-    reference_cut_tokens: int = at_least(1, 60)   # A16: where R2GenGPT cuts the references
-    num_workers: int = at_least(0, 8)       # processes that read images
+    root: str                                            # holds annotation.json and images/
+    # It says how reports are cleaned (A15), and with which row of the paper scores are compared.
+    dataset: str = one_of("iu_xray", "mimic_cxr", "demo", default="iu_xray")
+    limit: int | None = at_least(1, default=None)        # studies of each split; null: all
+    max_report_tokens: int = at_least(1, default=100)    # A23, A20
+    reference_cut_tokens: int = at_least(1, default=60)  # A16: where R2GenGPT cuts the references
+    num_workers: int = at_least(0, default=8)            # processes that read images
 
 
 @dataclass(frozen=True)
 class Train:
-    output: str | None = None               # null: runs/<config name>
-    seed: int = at_least(0, 42)
-    precision: str = one_of("bf16", "bf16", "fp32")  # A13
-    batch_size: int = at_least(1, 16)
-    eval_batch_size: int = at_least(1, 16)
-    epochs: int = at_least(1, 15)           # A13
-    max_steps: int | None = at_least(1, None)
-    lr: float = above_zero(1e-4)
-    min_lr: float = at_least(0, 1e-6)       # A13
-    weight_decay: float = at_least(0, 0.01)  # A13
-    clip_norm: float = above_zero(1.0)      # A13
-    recompute: bool = False                 # activations twice instead of kept: less memory, more time, same results
-    save_every_steps: int | None = at_least(1, None)  # null: at the end of each epoch only
+    output: str | None = None                                 # null: runs/<config name>
+    seed: int = at_least(0, default=42)
+    precision: str = one_of("bf16", "fp32", default="bf16")   # A13
+    batch_size: int = at_least(1, default=16)
+    eval_batch_size: int = at_least(1, default=16)
+    epochs: int = at_least(1, default=15)                     # A13
+    max_steps: int | None = at_least(1, default=None)
+    lr: float = above_zero(default=1e-4)
+    min_lr: float = at_least(0, default=1e-6)                 # A13
+    weight_decay: float = at_least(0, default=0.01)           # A13
+    clip_norm: float = above_zero(default=1.0)                # A13
+    # Activations are computed twice instead of kept: less memory, more time, same results.
+    recompute: bool = False
+    save_every_steps: int | None = at_least(1, default=None)  # null: at the end of each epoch only
 
 
 @dataclass(frozen=True)
 class Generate:
     """A14."""
-    num_beams: int = at_least(1, 3)
-    repetition_penalty: float = above_zero(2.0)
+    num_beams: int = at_least(1, default=3)
+    repetition_penalty: float = above_zero(default=2.0)
     length_penalty: float = 2.0
-    min_new_tokens: int = at_least(1, 40)
-    max_new_tokens: int = at_least(1, 100)
+    min_new_tokens: int = at_least(1, default=40)
+    max_new_tokens: int = at_least(1, default=100)
 
 
 @dataclass(frozen=True)
@@ -118,67 +125,91 @@ class Config:
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as `train.lr=1.0e-4` (values are YAML).
 
-    Raises ValueError for an unknown key, a wrong type or an impossible value, naming the key, and FileNotFoundError
-    for a missing file. `train.output` is filled in: `runs/<name of the file>`.
+    Raises ValueError for an unknown key, a wrong type or an impossible value, naming the key, and
+    FileNotFoundError for a missing file. `train.output` is filled in: `runs/<name of the file>`.
     """
     path = Path(path)
     if not path.is_file():
         known = sorted(str(p) for p in Path(__file__).parent.glob("*.yaml"))
         raise FileNotFoundError(f"config {path}: no such file; there are {', '.join(known)}")
     try:
-        config = parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), overrides, str(path))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = parse_config(tree, overrides, str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config {path}: not valid YAML: {reason}") from None
     if config.train.output is None:
         config = replace(config, train=replace(config.train, output=f"runs/{path.stem}"))
     return config
 
 
 def parse_config(tree: dict, overrides: list[str] = (), source: str = "config") -> Config:
-    """Check a tree of plain values against the schema; see `load_config`."""
+    """Check a tree of plain values, as YAML gives it, against the schema.
+
+    Args:
+        tree: {section: {key: value}}; it is not changed.
+        overrides: `section.key=value` each, applied in order, the value in YAML.
+        source: what errors name as the place of the tree.
+    Raises:
+        ValueError: an unknown or a missing key, a wrong type, or an impossible value.
+    """
     if not isinstance(tree, dict):
-        raise ValueError(f"{source}: got {_show(tree)}, expected the sections {', '.join(_names(Config))}")
+        raise ValueError(f"{source}: got {_show(tree)}, expected the sections "
+                         f"{', '.join(_names(Config))}")
     tree = copy.deepcopy(tree)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set {override!r}: expected section.key=value")
-        *sections, leaf = key.split(".")
-        branch = tree
-        for section in sections:
-            if not isinstance(branch.get(section), dict):
-                branch[section] = {}
-            branch = branch[section]
-        try:
-            branch[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {override!r}: the value is not valid YAML") from None
+        _override(tree, override)
     config = _build(Config, tree, "", source)
-    if config.generate.min_new_tokens > config.generate.max_new_tokens:
-        raise ValueError(f"{source}: generate.min_new_tokens: got {config.generate.min_new_tokens}, expected at most "
-                         f"generate.max_new_tokens ({config.generate.max_new_tokens})")
-    if config.train.min_lr > config.train.lr:
-        raise ValueError(f"{source}: train.min_lr: got {config.train.min_lr}, expected at most train.lr")
-    if config.train.batch_size < 2 and (config.loss.vse_weight or config.loss.did_weight):
-        raise ValueError(f"{source}: train.batch_size: got 1, expected at least 2 (VSE and DID compare the studies of "
-                         "a batch), or set loss.vse_weight and loss.did_weight to 0")
+    train, generate = config.train, config.generate
+    if generate.min_new_tokens > generate.max_new_tokens:
+        raise ValueError(f"{source}: generate.min_new_tokens: got {generate.min_new_tokens}, "
+                         f"expected at most generate.max_new_tokens ({generate.max_new_tokens})")
+    if train.min_lr > train.lr:
+        raise ValueError(f"{source}: train.min_lr: got {train.min_lr}, expected at most train.lr")
+    if train.batch_size < 2 and (config.loss.vse_weight or config.loss.did_weight):
+        raise ValueError(f"{source}: train.batch_size: got 1, expected at least 2 (VSE and DID "
+                         "compare the studies of a batch), or set loss.vse_weight and "
+                         "loss.did_weight to 0")
     return config
 
 
-def _names(cls) -> list[str]:
-    return [f.name for f in fields(cls)]
+def _override(tree: dict, override: str) -> None:
+    """Set one `section.key=value` in the tree."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {override!r}: expected section.key=value")
+    *sections, leaf = key.split(".")
+    branch = tree
+    for section in sections:
+        if not isinstance(branch.get(section), dict):
+            branch[section] = {}
+        branch = branch[section]
+    try:
+        branch[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override!r}: the value is not valid YAML") from None
 
 
-def _all_keys(cls, prefix: str = ""):
-    """Every key of the schema, dotted: model, model.vision, ..."""
-    for name, hint in get_type_hints(cls).items():
+def _names(section) -> list[str]:
+    return [f.name for f in fields(section)]
+
+
+def _kinds(hint) -> tuple:
+    """The types that a hint allows: (int, NoneType) of `int | None`, (int,) of `int`."""
+    return get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _all_keys(section, prefix: str = ""):
+    """Every key of a section, dotted: model, model.vision, ..."""
+    for name, hint in get_type_hints(section).items():
         yield prefix + name
-        kind = (get_args(hint) if isinstance(hint, types.UnionType) else (hint,))[0]
+        kind = _kinds(hint)[0]
         if is_dataclass(kind):
             yield from _all_keys(kind, f"{prefix}{name}.")
 
 
 def _plain(value):
+    """The value with lists in place of tuples, as YAML has none."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -188,23 +219,19 @@ def _show(value) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def _build(cls, tree, prefix: str, source: str):
-    """A dataclass from a dict: every key known, every value of its type and allowed."""
+def _build(section, tree, prefix: str, source: str):
+    """A dataclass of the schema from a dict: every key known, every value of its type and allowed.
+
+    `prefix` is where the dict stands in the file: "" or, say, "model.lora.".
+    """
     if not isinstance(tree, dict):
-        raise ValueError(f"{source}: {prefix[:-1]}: got {_show(tree)}, expected keys: {', '.join(_names(cls))}")
+        raise ValueError(f"{source}: {prefix[:-1]}: got {_show(tree)}, expected keys: "
+                         f"{', '.join(_names(section))}")
     for key in tree:
-        if key not in _names(cls):
-            if f"{prefix}{key}" == "loss.temperature":
-                raise ValueError(f"{source}: loss.temperature: written by an older version, whose settings did not "
-                                 "train (A3); expected loss.vse_temperature and loss.did_temperature in its place")
-            known = list(_all_keys(Config))
-            near = [name for name in known if name.split(".")[-1] == key]
-            near = near or difflib.get_close_matches(f"{prefix}{key}", known, 1, cutoff=0)
-            shown = key if str(key).isprintable() else repr(key)
-            raise ValueError(f"{source}: {prefix}{shown}: unknown key; the nearest known key is {near[0]} "
-                             f"(known here: {', '.join(_names(cls))})")
-    hints, values = get_type_hints(cls), {}
-    for f in fields(cls):
+        if key not in _names(section):
+            raise _unknown_key(section, key, prefix, source)
+    hints, values = get_type_hints(section), {}
+    for f in fields(section):
         name = prefix + f.name
         if f.name in tree:
             values[f.name] = _check(tree[f.name], hints[f.name], f.metadata, name, source)
@@ -212,11 +239,26 @@ def _build(cls, tree, prefix: str, source: str):
             if not is_dataclass(hints[f.name]):
                 raise ValueError(f"{source}: {name}: missing; every config must set it")
             values[f.name] = _build(hints[f.name], {}, name + ".", source)
-    return cls(**values)
+    return section(**values)
+
+
+def _unknown_key(section, key, prefix: str, source: str) -> ValueError:
+    """The error for a key that the section does not have; it names the nearest of the schema."""
+    if f"{prefix}{key}" == "loss.temperature":
+        return ValueError(f"{source}: loss.temperature: written by an older version, whose "
+                          "settings did not train (A3); expected loss.vse_temperature and "
+                          "loss.did_temperature in its place")
+    known = list(_all_keys(Config))
+    near = [name for name in known if name.split(".")[-1] == key]
+    near = near or difflib.get_close_matches(f"{prefix}{key}", known, 1, cutoff=0)
+    printable = key if str(key).isprintable() else repr(key)
+    return ValueError(f"{source}: {prefix}{printable}: unknown key; the nearest known key is "
+                      f"{near[0]} (known here: {', '.join(_names(section))})")
 
 
 def _check(value, hint, metadata, name: str, source: str):
-    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """A value as the schema wants it, or ValueError; `hint` is its type, `metadata` its rule."""
+    kinds = _kinds(hint)
     if value is None and type(None) in kinds:
         return None
     kind = kinds[0]
@@ -224,15 +266,21 @@ def _check(value, hint, metadata, name: str, source: str):
         return _build(kind, value, name + ".", source)
     if kind is float and type(value) is int:
         value = float(value)
-    if kind == tuple[str, ...] and isinstance(value, list) and value and all(type(v) is str for v in value):
-        return tuple(value)
+    if kind == tuple[str, ...] and isinstance(value, list) and value:
+        if all(type(item) is str for item in value):
+            return tuple(value)
     if type(value) is not kind:
         expected = "a list of names" if kind == tuple[str, ...] else kind.__name__
-        hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if kind is float and isinstance(value, str) else ""
-        raise ValueError(f"{source}: {name}: got {_show(value)}, expected {expected}"
-                         f"{' or null' if type(None) in kinds else ''}{hint}")
+        or_null = " or null" if type(None) in kinds else ""
+        written = kind is float and isinstance(value, str)
+        advice = " (YAML reads 1e-4 as text: write 1.0e-4)" if written else ""
+        raise ValueError(f"{source}: {name}: got {_show(value)}, expected {expected}{or_null}"
+                         f"{advice}")
     if kind is str and not value.strip():
         raise ValueError(f"{source}: {name}: got an empty text")
-    if kind is float and not math.isfinite(value) or "test" in metadata and not metadata["test"](value):
-        raise ValueError(f"{source}: {name}: got {value!r}, expected {metadata.get('rule', 'a finite number')}")
+    finite = kind is not float or math.isfinite(value)
+    passes = metadata.get("test", lambda value: True)
+    if not (finite and passes(value)):
+        rule = metadata.get("rule", "a finite number")
+        raise ValueError(f"{source}: {name}: got {value!r}, expected {rule}")
     return value
