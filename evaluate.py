@@ -13,6 +13,7 @@ import base64
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -668,7 +669,7 @@ def write_page(path: Path, rows: list[dict], metrics: dict, config: Config, spli
             "tagger": "findings.json" if spec else "CheXbert" if label else None}
     template = (Path(configs.__file__).parent / "report.html").read_text(encoding="utf-8")
     text = json.dumps(data).replace("<", "\\u003c")  # nothing in it can end the script that holds it
-    path.write_text(template.replace("/*DATA*/", text), encoding="utf-8")
+    write_whole(path, template.replace("/*DATA*/", text))
 
 
 def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: Path,
@@ -686,13 +687,24 @@ def evaluate(model: VDGen, split: str, splits: dict[str, list[Study]], folder: P
         row["visual_pca"] = [round(float(value), 5) for value in point]
         ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
         row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
-    (folder / f"{split}_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(folder / f"{split}_predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return write_results(folder, split, rows, model.config, split, splits["train"], chexbert)
 
 
 def _rows(studies: list[Study], reports: dict[str, str]) -> list[dict]:
     return [{"id": study.id, "prediction": reports[study.id], "reference": study.report, "image_path": list(study.image_paths)}
             for study in studies]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file under another name, then renamed: a stop or a full disk leaves the old one, or none."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error.strerror}); make room, and start again") from None
 
 
 def write_results(folder: Path, name: str, rows: list[dict], config: Config, split: str, train_studies: list[Study],
@@ -703,7 +715,7 @@ def write_results(folder: Path, name: str, rows: list[dict], config: Config, spl
     metrics["sections"] = train_studies[0].sections if train_studies else None  # A19: scores of different ones do not compare
     if metrics["sections"]:
         metrics["notes"].append(f"reports: the sections {metrics['sections']} (A19)")
-    (folder / f"{name}_metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_whole(folder / f"{name}_metrics.json", json.dumps(metrics, indent=1) + "\n")
     write_page(folder / f"{name}_report.html", rows, metrics, config, split, label)
     print_metrics(metrics, name)
     return metrics
@@ -778,7 +790,7 @@ def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None
     found = compare(*sides)
     written = {"a": list(map(str, ours)), "b": list(map(str, theirs)), "n": len(references),
                "scores": nested(found)}
-    (folder / f"{name}_against.json").write_text(json.dumps(written, indent=1) + "\n")
+    write_whole(folder / f"{name}_against.json", json.dumps(written, indent=1) + "\n")
     print(f"{len(references)} studies; A: {', '.join(written['a'])}; B: {', '.join(written['b'])}")
     print_comparison(found)
     if 1 in (len(ours), len(theirs)):
