@@ -108,7 +108,8 @@ class VDGen(nn.Module):
             task_type="CAUSAL_LM"))
         if config.train.recompute:
             for part in (vision, llm):  # by its name in transformers 5.24, else by its older one
-                getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)()
+                new = getattr(part, "activation_checkpointing_enable", None)
+                (new or part.gradient_checkpointing_enable)()
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in PROMPT)
         for name, values in dict(before_ids=[self.bos_id] + before, after_ids=after,

@@ -397,7 +397,7 @@ def campaign(root: Path, seed: int, numbers: list[int]) -> Counter:
     in_fork(lambda: (write_backbones(root), (root / "data").mkdir(), write_data(root / "data")))
     cases = [undisturbed(root, i, overrides) for i, overrides in enumerate(VARIANTS)]
     found, names = Counter(), list(FAULTS)
-    for number in numbers:
+    for number in tqdm.std.tqdm(numbers, desc="faults", unit="run"):
         name, folder = names[number % len(names)], root / "run"
         case = cases[number // len(names) % len(cases)]
         config = replace(case.config, train=replace(case.config.train, output=str(folder)))
