@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs import Config, load_config, parse_config
-from configs.report import write_page
+from configs.report import write_page, write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
                   image_problem, named_findings, read_image, read_studies)
 from model import (CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks,
@@ -669,7 +669,7 @@ def evaluate(model: VDGen, split: str, splits: dict[str, Sequence[Study]], folde
         ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
         row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
     lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-    (folder / f"{split}_predictions.jsonl").write_text("".join(lines))
+    write_whole(folder / f"{split}_predictions.jsonl", "".join(lines))
     return write_results(folder, split, rows, model.config, split, splits["train"], chexbert)
 
 
@@ -706,7 +706,7 @@ def write_results(folder: Path, name: str, rows: list[dict], config: Config, spl
     if metrics["sections"]:
         metrics["notes"].append(f"reports: the sections {metrics['sections']} (A19)")
     text = json.dumps(metrics, indent=1, allow_nan=False)
-    (folder / f"{name}_metrics.json").write_text(text + "\n")
+    write_whole(folder / f"{name}_metrics.json", text + "\n")
     draw_page(folder / f"{name}_report.html", rows, metrics, config, split, label)
     print_metrics(metrics, name)
     return metrics
@@ -809,7 +809,7 @@ def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None
     written = {"a": list(map(str, ours)), "b": list(map(str, theirs)), "n": len(references),
                "scores": nested(found)}
     text = json.dumps(written, indent=1, allow_nan=False)
-    (folder / f"{name}_against.json").write_text(text + "\n")
+    write_whole(folder / f"{name}_against.json", text + "\n")
     print(f"{len(references)} studies; A: {', '.join(written['a'])}; B: {', '.join(written['b'])}")
     print_comparison(found)
     if 1 in (len(ours), len(theirs)):

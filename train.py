@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import configs
 from configs import Config, load_config, parse_config
+from configs.report import write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
                   epoch_batches, read_studies, require_images)
 from evaluate import evaluate, score, write_reports
@@ -72,7 +73,12 @@ def write_atomically(path: Path, content: dict) -> None:
 
 def write_line(log: TextIO, line: dict) -> None:
     """One JSON object of log.jsonl; a number that is not finite would be no JSON."""
-    log.write(json.dumps(line, allow_nan=False) + "\n")
+    text = json.dumps(line, allow_nan=False) + "\n"
+    try:
+        log.write(text)
+    except OSError as error:  # a full disk
+        raise OSError(f"cannot write {log.name} ({error.strerror}); make room, and go on with "
+                      f"--resume") from None
 
 
 def peak_memory_gb(device: torch.device) -> dict[str, float]:
@@ -270,7 +276,7 @@ def prepare(config: Config, resume: bool) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     run.log = open_log(folder / "log.jsonl", run.step, run.validated)
     if not rank:
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     about = header(model, config)
     if not run.step:
         write_line(run.log, about)
@@ -536,7 +542,8 @@ def train(config: Config, resume: bool = False) -> dict | None:
             run.step += 1
 
             # Log
-            log_step(run, values | {"lr": lr}, batch, time.perf_counter() - started, bar)
+            seconds = max(time.perf_counter() - started, 1e-9)  # a clock may stand still
+            log_step(run, values | {"lr": lr}, batch, seconds, bar)
 
             # Save, stop, validate
             last_of_epoch = run.step % run.epoch_steps == 0 or run.step == run.steps

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -21,6 +22,18 @@ STEP_KEYS = ("report", "vse", "did", "did_top1", "pull_report", "pull_vse", "pul
 VAL_KEYS = ("BLEU_4", "ROUGE_L", "CIDEr", "distinct")
 NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact",
              "negative", "stable"}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text under another name, then renamed: a stop or a full disk leaves the old one, or none."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror
+        raise OSError(f"cannot write {path} ({reason}); make room, and start again") from None
 
 
 def curves(log: Path) -> tuple[dict | None, dict[str, list]]:
@@ -109,4 +122,4 @@ def write_page(path: Path, rows: list[dict], images: Path, shown: dict) -> None:
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     # Nothing in the data can end the script that holds it.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    path.write_text(template.replace("/*DATA*/", text), encoding="utf-8")
+    write_whole(path, template.replace("/*DATA*/", text))

@@ -4,6 +4,7 @@ import signal
 import sys
 import traceback
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -97,18 +98,15 @@ def write_llama(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def backbones(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("backbones")
+def write_backbones(folder: Path) -> Path:
     write_swin(folder / "swin")
     write_llama(folder / "llama")
     return folder
 
 
-@pytest.fixture(scope="session")
-def data_root(tmp_path_factory) -> Path:
+def write_data(root: Path) -> Path:
     """12 training, 3 val and 5 test studies with one, two or three views."""
-    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     tree, number = {}, 0
     for split, studies in dict(train=12, val=3, test=5).items():
         tree[split] = []
@@ -124,16 +122,29 @@ def data_root(tmp_path_factory) -> Path:
     return root
 
 
+def tiny_config(backbones: Path, data_root: Path, output: Path, *overrides: str):
+    """The tiny model on the tiny dataset, in float32."""
+    return parse_config(dict(
+        model=dict(vision=str(backbones / "swin"), llm=str(backbones / "llama")),
+        data=dict(root=str(data_root), num_workers=0),
+        train=dict(output=str(output), precision="fp32", batch_size=3, eval_batch_size=2, epochs=1),
+        generate=dict(num_beams=2, min_new_tokens=1, max_new_tokens=6)), overrides)
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory) -> Path:
+    return write_backbones(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
 def make_config(backbones, data_root, tmp_path):
-    """make_config("loss.did_weight=0", ...): the tiny model on the tiny dataset, in float32."""
-    def make(*overrides: str):
-        return parse_config(dict(
-            model=dict(vision=str(backbones / "swin"), llm=str(backbones / "llama")),
-            data=dict(root=str(data_root), num_workers=0),
-            train=dict(output=str(tmp_path / "run"), precision="fp32", batch_size=3, eval_batch_size=2, epochs=1),
-            generate=dict(num_beams=2, min_new_tokens=1, max_new_tokens=6)), overrides)
-    return make
+    """make_config("loss.did_weight=0", ...): see `tiny_config`."""
+    return partial(tiny_config, backbones, data_root, tmp_path / "run")
 
 
 @pytest.fixture

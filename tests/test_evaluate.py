@@ -551,7 +551,7 @@ def test_no_file_holds_a_number_that_json_has_not(tmp_path, monkeypatch):
     config, page = config_for(tmp_path), tmp_path / "test_report.html"
     metrics = measure(rows, config, "test", [])
     with pytest.raises(ValueError, match="not JSON compliant"):
-        evaluate.write_page(page, rows, metrics, config, "test")
+        evaluate.draw_page(page, rows, metrics, config, "test")
     monkeypatch.setattr(evaluate, "measure", lambda *_: metrics | {"BLEU_4": math.inf})
     with pytest.raises(ValueError, match="not JSON compliant"):
         evaluate.write_results(tmp_path, "test", rows, config, "test", [], None)

@@ -1,4 +1,5 @@
 """What a run survives: kills, signals, a full disk, a second run; and several ranks that equal one process."""
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 import train as training
+from configs import report
 from model import read_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
@@ -166,6 +168,39 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot write .*last.pt .*No space left.*the one before it is whole"):
         training.write_atomically(path, {"step": 2})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_results_before(tmp_path, monkeypatch):
+    path = tmp_path / "test_metrics.json"
+    report.write_whole(path, "{}")
+
+    def full(path, text, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="cannot write .*test_metrics.json .No space left on device.; make room"):
+        report.write_whole(path, '{"n": 1}')
+    assert path.read_bytes() == b"{}" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_log():
+    with open("/dev/full", "wb", buffering=0) as file:
+        log = io.TextIOWrapper(file, write_through=True)
+        with pytest.raises(OSError, match="cannot write /dev/full .No space left on device.; make room, and go on with --resume"):
+            training.write_line(log, {"step": 1})
+        log.detach()
+
+
+def test_a_clock_that_stands_still_is_no_error(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.time, "perf_counter", lambda: 1e9)
+    training.train(make_config("train.max_steps=1"))
+    assert log_of(tmp_path / "run")[0]["step"] == 1
+
+
+@pytest.mark.skipif("VDGEN_SLOW" not in os.environ, reason="two runs for each of nine faults: VDGEN_SLOW=1 runs them")
+def test_each_fault_once():
+    done = subprocess.run([sys.executable, "tests/faults.py", "--runs", "9"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_log_holds_each_step_once(tmp_path):
