@@ -26,13 +26,24 @@ def test_paper_settings():
     """Sec. 4.1.2, and what A3, A13 and A14 add."""
     for name in ("iu_xray", "mimic_cxr"):
         c = load_config(f"configs/{name}.yaml")
-        assert (c.model.lora.rank, c.model.lora.alpha, c.train.batch_size, c.train.eval_batch_size) == (16, 16, 16, 16)
-        assert (c.train.lr, c.data.max_report_tokens, c.loss.vse_weight, c.loss.did_weight) == (1e-4, 100, 1, 1)
-        assert (c.generate.num_beams, c.generate.repetition_penalty, c.generate.length_penalty) == (3, 2.0, 2.0)
+        assert (
+            c.model.lora.rank, c.model.lora.alpha, c.train.batch_size, c.train.eval_batch_size
+        ) == (16, 16, 16, 16)
+        assert (c.train.lr, c.data.max_report_tokens, c.loss.vse_weight, c.loss.did_weight) == (
+            1e-4, 100, 1, 1
+        )
+        assert (c.generate.num_beams, c.generate.repetition_penalty, c.generate.length_penalty) == (
+            3, 2.0, 2.0
+        )
     assert (c.generate.min_new_tokens, c.generate.max_new_tokens, c.train.epochs) == (80, 120, 5)
     defaults = load_config("configs/iu_xray.yaml").to_dict()
-    least = parse_config(dict(model={k: defaults["model"][k] for k in ("vision", "llm")}, data=dict(root="data/iu_xray"),
-                              train=dict(output="runs/iu_xray")))
+    least = parse_config(
+        dict(
+            model={k: defaults["model"][k] for k in ("vision", "llm")},
+            data=dict(root="data/iu_xray"),
+            train=dict(output="runs/iu_xray"),
+        )
+    )
     assert least.to_dict() == defaults  # the defaults of the schema are the paper's settings
 
 
@@ -46,7 +57,10 @@ def test_eq8_is_the_same_in_every_config():
 
 
 def test_config_survives_being_written(tmp_path):
-    config = load_config("configs/iu_xray.yaml", ["model.lora=null", "train.lr=3.0e-4", "data.limit=7", "model.teacher=x"])
+    config = load_config(
+        "configs/iu_xray.yaml",
+        ["model.lora=null", "train.lr=3.0e-4", "data.limit=7", "model.teacher=x"],
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     assert load_config(tmp_path / "config.yaml") == config
     assert config.model.lora is None and config.train.lr == 3e-4 and config.data.limit == 7
@@ -54,17 +68,25 @@ def test_config_survives_being_written(tmp_path):
 
 def test_override_reaches_into_sections():
     config = parse_config(LEAST, ["model.lora.rank=4", "loss.vse_weight=0"])
-    assert config.model.lora.rank == 4 and config.model.lora.alpha == 16 and config.loss.vse_weight == 0.0
+    assert (
+        config.model.lora.rank == 4
+        and config.model.lora.alpha == 16
+        and config.loss.vse_weight == 0.0
+    )
     assert isinstance(config, Config) and isinstance(config.loss.vse_weight, float)
 
 
 @pytest.mark.parametrize("override, words", [
-    ("train.batchsize=4", "train.batchsize: unknown key; the nearest known key is train.batch_size"),
+    ("train.batchsize=4",
+     "train.batchsize: unknown key; the nearest known key is train.batch_size"),
     ("batch_size=4", "batch_size: unknown key; the nearest known key is train.batch_size"),
     ("trian.lr=1.0", "trian: unknown key; the nearest known key is train"),
-    ("train.lr=1e-4", r"train.lr: got '1e-4' \(str\), expected float \(YAML reads 1e-4 as text: write 1.0e-4\)"),
+    ("train.lr=1e-4",
+     r"train.lr: got '1e-4' \(str\), expected float "
+     r"\(YAML reads 1e-4 as text: write 1.0e-4\)"),
     ("train.lr=0", "train.lr: got 0.0, expected above 0"),
-    ("loss.temperature=0.07", "loss.temperature: .* expected loss.vse_temperature and loss.did_temperature"),
+    ("loss.temperature=0.07",
+     "loss.temperature: .* expected loss.vse_temperature and loss.did_temperature"),
     ("train.lr=.inf", "train.lr: got inf"),
     ("loss.vse_weight=.nan", "loss.vse_weight: got nan"),
     ("train.batch_size=2.5", r"train.batch_size: got 2.5 \(float\), expected int"),
@@ -75,10 +97,12 @@ def test_override_reaches_into_sections():
     ("train.precision=fp16", "train.precision: got 'fp16', expected 'bf16' or 'fp32'"),
     ("data.dataset=iu", "data.dataset: got 'iu', expected 'iu_xray' or 'mimic_cxr' or 'demo'"),
     ("model.lora=16", r"model.lora: got 16 \(int\), expected keys: rank"),
-    ("model.lora.target_modules=q_proj", "model.lora.target_modules: got 'q_proj' .*expected a list of names"),
+    ("model.lora.target_modules=q_proj",
+     "model.lora.target_modules: got 'q_proj' .*expected a list of names"),
     ("model.vision=null", "model.vision: got None .*expected str"),
     ("model.vision=", "model.vision: got None"),
-    ("generate.min_new_tokens=200", "generate.min_new_tokens: got 200, expected at most generate.max_new_tokens"),
+    ("generate.min_new_tokens=200",
+     "generate.min_new_tokens: got 200, expected at most generate.max_new_tokens"),
     ("train.min_lr=1.0", "train.min_lr"),
     ("train.lr", "expected section.key=value"),
     ("train.lr=[", "not valid YAML"),
@@ -92,8 +116,13 @@ def test_what_is_wrong_is_named(override, words):
 def test_missing_or_broken_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="configs/iu_xray.yaml|iu_xray.yaml"):
         load_config(tmp_path / "none.yaml")
-    for text, words in (("a: [", "not valid YAML"), ("3", "expected the sections"), ("", "expected the sections"),
-                        ("model: {vision: a, llm: b}", "data.root: missing"), ("!!python/object:os.system x", "YAML")):
+    for text, words in (
+        ("a: [", "not valid YAML"),
+        ("3", "expected the sections"),
+        ("", "expected the sections"),
+        ("model: {vision: a, llm: b}", "data.root: missing"),
+        ("!!python/object:os.system x", "YAML"),
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=words):
             load_config(tmp_path / "bad.yaml")

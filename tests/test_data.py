@@ -34,8 +34,9 @@ from model import load_model
     ("1. No effusion. 2. Normal heart, (stable).", "no effusion . normal heart stable ."),
     ("No change 2. Clear.", "no change . clear ."),
     ("Stable.. No XXXX... Fine", "stable . no xxxx . fine ."),
-    ("Size 21. Next", "size 2next ."),                                        # quirk: the 1 of a list, eaten elsewhere
-    ("A-B #3 $4 <5 =6 >7 @8 [9] {10} a/b \"q\" it's \\x", "a-b #3 $4 5 6 7 8 9 10 ab q its x ."),  # the accidental range
+    ("Size 21. Next", "size 2next ."),         # quirk: the 1 of a list, eaten elsewhere
+    # the accidental range
+    ("A-B #3 $4 <5 =6 >7 @8 [9] {10} a/b \"q\" it's \\x", "a-b #3 $4 5 6 7 8 9 10 ab q its x ."),
     ("a; b: c? d! e* f% g^ h& i_ j( k) l+", "a b c d e f g h i j k l ."),
     ("Ends. . Middle", "ends .  . middle ."),  # quirk: empty sentences stay
     (".", " ."),
@@ -45,7 +46,8 @@ def test_clean_iu_xray(report, cleaned):
 
 
 @pytest.mark.parametrize("report, cleaned", [
-    ("PA and lateral.\nLungs  clear.\n\n 2. No ___ effusion.", "pa and lateral . lungs clear . no  effusion ."),
+    ("PA and lateral.\nLungs  clear.\n\n 2. No ___ effusion.",
+     "pa and lateral . lungs clear . no  effusion ."),
     ("Heart____size............normal", "heartsizenormal ."),
     ("Fine.\nDone.", "fine . done ."),
 ])
@@ -57,13 +59,16 @@ def test_cleaning_leaves_only_what_r2gen_leaves():
     everything = "".join(map(chr, range(32, 127)))
     kept = set(clean_iu_xray(everything))
     assert kept == set(" .-#$`|~abcdefghijklmnopqrstuvwxyz0123456789")
-    assert clean_iu_xray("a. b.") == "a . b ." and clean_iu_xray("a . b .") == "a . b  ."  # not idempotent, as R2Gen
+    # not idempotent, as R2Gen
+    assert clean_iu_xray("a. b.") == "a . b ." and clean_iu_xray("a . b .") == "a . b  ."
 
 
 def test_read_studies_reads_r2gens_format(data_root):
     splits = read_studies(Data(root=str(data_root)))
     assert {name: len(studies) for name, studies in splits.items()} == dict(train=12, val=3, test=5)
-    assert splits["train"][0] == Study("study00", "the heart is enlarged . no pleural effusion .", ("study00/0.png",))
+    assert splits["train"][0] == Study(
+        "study00", "the heart is enlarged . no pleural effusion .", ("study00/0.png",)
+    )
     assert [len(study.image_paths) for study in splits["train"][:3]] == [1, 2, 3]
     limited = read_studies(Data(root=str(data_root), limit=2))
     assert {name: len(studies) for name, studies in limited.items()} == dict(train=2, val=2, test=2)
@@ -117,12 +122,17 @@ def test_read_image_equals_the_encoders_own_processor(tmp_path):
     Image.fromarray(gradient_image()).save(tmp_path / "grey.png")
     colours = np.stack([gradient_image(), gradient_image()[::-1], gradient_image() // 2], axis=-1)
     Image.fromarray(colours).save(tmp_path / "colour.png")
-    processor = ViTImageProcessor(size=dict(height=64, width=64), resample=3, do_normalize=False, do_rescale=False)
+    processor = ViTImageProcessor(
+        size=dict(height=64, width=64), resample=3, do_normalize=False, do_rescale=False
+    )
     for name in ("grey", "colour"):
         ours = read_image(tmp_path / f"{name}.png", 64)
-        theirs = processor(Image.open(tmp_path / f"{name}.png").convert("RGB"), return_tensors="pt").pixel_values[0]
+        theirs = processor(
+            Image.open(tmp_path / f"{name}.png").convert("RGB"), return_tensors="pt"
+        ).pixel_values[0]
         assert ours.shape == (3, 64, 64) and ours.dtype == torch.uint8
-        assert (ours.float() - theirs.float()).abs().max() <= 1  # the two bicubic filters round differently
+        # the two bicubic filters round differently
+        assert (ours.float() - theirs.float()).abs().max() <= 1
 
 
 def test_read_image_scales_16_bit_by_its_own_maximum(tmp_path):
@@ -137,7 +147,11 @@ def test_read_image_scales_16_bit_by_its_own_maximum(tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16"])
 def test_read_image_takes_every_usual_mode(tmp_path, mode):
     image = Image.fromarray(gradient_image(20, 20))
-    image = Image.fromarray(gradient_image(20, 20).astype(np.uint16)) if mode == "I;16" else image.convert(mode)
+    image = (
+        Image.fromarray(gradient_image(20, 20).astype(np.uint16))
+        if mode == "I;16"
+        else image.convert(mode)
+    )
     path = tmp_path / ("a.tif" if mode in ("CMYK", "F", "I") else "a.png")
     image.save(path)
     view = read_image(path, 16)
@@ -229,33 +243,50 @@ def test_batches_hold_studies_with_differing_numbers_of_views(data_root):
     dataset = ReportDataset(studies, Data(root=str(data_root), max_report_tokens=12), 32, tokenizer)
     batch = collate([dataset[i] for i in (2, 0, 1)])  # the shortest report first
     assert batch["ids"] == ["study01", "study02", "study00"] and batch["view_counts"] == [2, 3, 1]
-    assert batch["indices"] == [1, 2, 0] and batch["report_lengths"] == sorted(batch["report_lengths"])
+    assert (
+        batch["indices"] == [1, 2, 0]
+        and batch["report_lengths"] == sorted(batch["report_lengths"])
+    )
     assert batch["images"].shape == (6, 3, 32, 32)
     assert torch.equal(batch["images"][5], read_image(data_root / "images/study00/0.png", 32))
     assert batch["report_ids"].shape == (3, max(batch["report_lengths"]))
-    for report, ids, length in zip(batch["reports"], batch["report_ids"].tolist(), batch["report_lengths"]):
+    for report, ids, length in zip(
+        batch["reports"], batch["report_ids"].tolist(), batch["report_lengths"]
+    ):
         whole = tokenizer(report, add_special_tokens=False).input_ids
-        assert ids[:length] == (whole + [tokenizer.eos_token_id] if len(whole) <= 12 else whole[:12])
-    assert {len(tokenizer(s.report, add_special_tokens=False).input_ids) <= 12 for s in studies} == {True, False}
+        assert ids[:length] == (
+            whole + [tokenizer.eos_token_id] if len(whole) <= 12 else whole[:12]
+        )
+    assert {
+        len(tokenizer(s.report, add_special_tokens=False).input_ids) <= 12 for s in studies
+    } == {True, False}
 
 
 def test_epoch_batches_are_a_function_of_seed_and_epoch():
     first = epoch_batches(103, 16, seed=1, epoch=0)
-    assert [len(b) for b in first] == [16] * 6                    # A22: the last, incomplete batch is dropped
+    assert [len(b) for b in first] == [16] * 6  # A22: the last, incomplete batch is dropped
     assert len({i for b in first for i in b}) == 96
     assert first == epoch_batches(103, 16, seed=1, epoch=0)
-    assert first != epoch_batches(103, 16, seed=1, epoch=1) and first != epoch_batches(103, 16, seed=2, epoch=0)
+    assert (
+        first != epoch_batches(103, 16, seed=1, epoch=1)
+        and first != epoch_batches(103, 16, seed=2, epoch=0)
+    )
     assert sorted(i for b in epoch_batches(32, 16, 0, 0) for i in b) == list(range(32))
     assert epoch_batches(15, 16, 0, 0) == []
 
 
 def small_demo(root):
     build_demo(root, clean_iu_xray, dict(train=40, val=3, test=3), swin_steps=3, llama_steps=3)
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_demo_is_deterministic_and_ordinary(tmp_path, capsys):
-    """The same bytes twice; a data root and two Hugging Face folders like any other; no trace of the build's other name."""
+    """The same bytes twice; a data root and two Hugging Face folders like any other; no trace of
+    the build's other name."""
     state = torch.get_rng_state()
     first, second = small_demo(tmp_path / "a"), small_demo(tmp_path / "b")
     assert first == second and len(first) > 80 and torch.equal(state, torch.get_rng_state())
@@ -263,8 +294,14 @@ def test_demo_is_deterministic_and_ordinary(tmp_path, capsys):
     data = Data(root=str(tmp_path / "a"), dataset="demo")
     splits = read_studies(data)
     assert {len(study.image_paths) for study in splits["train"]} == {1, 2}
-    model = load_model(parse_config(dict(model=dict(vision=str(tmp_path / "a/swin"), llm=str(tmp_path / "a/llama")),
-                                         data=dict(root=data.root, dataset="demo"))))
+    model = load_model(
+        parse_config(
+            dict(
+                model=dict(vision=str(tmp_path / "a/swin"), llm=str(tmp_path / "a/llama")),
+                data=dict(root=data.root, dataset="demo"),
+            )
+        )
+    )
     view = read_image(tmp_path / "a/images" / splits["test"][0].image_paths[0], model.image_size)
     assert model.encode(view[None], [1]).shape == (1, TOKENS, 192)
 
@@ -306,9 +343,16 @@ def test_one_of_two_processes_builds_the_demo(tmp_path, killed):
 
 
 def test_demo_reports_name_just_the_findings_of_their_study(tmp_path):
-    """findings.json, its phrases and the drawn reports agree on every study: a perfect report scores F1 1."""
-    rng, spec = np.random.default_rng(0), {"phrases": {name: row["phrases"] for name, row in DEMO_FINDINGS.items()}}
-    sizes = {size: [size, grade] for size, grade in zip(("small", "moderate", "large"), ("mild", "moderate", "severe"))}
+    """findings.json, its phrases and the drawn reports agree on every study: a perfect report
+    scores F1 1."""
+    rng, spec = (
+        np.random.default_rng(0),
+        {"phrases": {name: row["phrases"] for name, row in DEMO_FINDINGS.items()}},
+    )
+    sizes = {
+        size: [size, grade]
+        for size, grade in zip(("small", "moderate", "large"), ("mild", "moderate", "severe"))
+    }
     spec |= {"sides": {"left": ["left"], "right": ["right"]}, "extents": sizes}
     counts = Counter()
     for _ in range(2000):
@@ -316,21 +360,38 @@ def test_demo_reports_name_just_the_findings_of_their_study(tmp_path):
         named = named_findings(clean_iu_xray(write_report(findings, rng)), spec)
         assert named == {f["finding"]: (f["side"], f["extent"]) for f in findings}
         counts.update(named.keys() or ["none"])
-    assert counts["effusion"] > 5 * counts["granuloma"] > 0 and counts["none"] > 300  # long-tailed, and many are normal
+    # long-tailed, and many are normal
+    assert counts["effusion"] > 5 * counts["granuloma"] > 0 and counts["none"] > 300
 
 
 def test_demo_films_show_the_finding_on_its_side():
-    """Each finding changes its own side of the frontal view, and a small part of it; the left of the patient is right."""
+    """Each finding changes its own side of the frontal view, and a small part of it; the left of
+    the patient is right."""
     body = np.random.default_rng(1).random(24)
     plain = draw_film([], False, body, np.random.default_rng(2)).astype(float)
     for name in ("effusion", "pneumothorax", "atelectasis", "nodule", "rib fracture", "granuloma"):
         for side, half in (("left", slice(48, 96)), ("right", slice(0, 48))):
-            film = draw_film([dict(finding=name, side=side, extent="moderate")], False, body, np.random.default_rng(2))
+            film = draw_film(
+                [dict(finding=name, side=side, extent="moderate")],
+                False,
+                body,
+                np.random.default_rng(2),
+            )
             changed = np.abs(film - plain) > 12
             assert changed[:, half].sum() > 0.9 * changed.sum() > 0, (name, side)
             assert changed.mean() < 0.12, name
-    areas = [np.abs(draw_film([dict(finding="effusion", side="left", extent=e)], False, body, np.random.default_rng(2)) - plain).sum()
-             for e in ("small", "moderate", "large")]
+    areas = [
+        np.abs(
+            draw_film(
+                [dict(finding="effusion", side="left", extent=e)],
+                False,
+                body,
+                np.random.default_rng(2),
+            )
+            - plain
+        ).sum()
+        for e in ("small", "moderate", "large")
+    ]
     assert areas == sorted(areas) and areas[2] > 2 * areas[0]
 
 

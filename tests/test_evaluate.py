@@ -19,23 +19,58 @@ from configs import report
 from configs.report import names_abnormality
 from configs import parse_config
 from data import IU_XRAY_FINDINGS, clean_iu_xray
-from evaluate import (FIVE, METRICS, best_constant, bleu, measure, meteor_1_5, named_findings, precision_recall_f1,
-                      principal_plane, rouge_l, score, score_clinical, score_findings)
+from evaluate import (
+    FIVE,
+    METRICS,
+    best_constant,
+    bleu,
+    measure,
+    meteor_1_5,
+    named_findings,
+    precision_recall_f1,
+    principal_plane,
+    rouge_l,
+    score,
+    score_clinical,
+    score_findings,
+)
 from model import CONDITIONS
 
-SENTENCES = ["the heart is normal .", "lungs are clear .", "no pleural effusion or pneumothorax .", "xxxx are intact .",
-             "a 12 mm nodule in the left upper lobe .", "degenerative changes of the spine .", "stable cardiomegaly ."]
+SENTENCES = [
+    "the heart is normal .",
+    "lungs are clear .",
+    "no pleural effusion or pneumothorax .",
+    "xxxx are intact .",
+    "a 12 mm nodule in the left upper lobe .",
+    "degenerative changes of the spine .",
+    "stable cardiomegaly .",
+]
 
 
 def reports(studies, seed):
     rng = random.Random(seed)
-    return {str(i): " ".join(rng.choices(SENTENCES, weights=range(7, 0, -1), k=rng.randint(2, 7))) for i in range(studies)}
+    return {
+        str(i): " ".join(rng.choices(SENTENCES, weights=range(7, 0, -1), k=rng.randint(2, 7)))
+        for i in range(studies)
+    }
 
 
 def odd_cases():
     references = reports(12, 1)
-    odd = ["", "the", "the " * 40 + ".", "a ||| b  c , ; ! ? ( ) \" '", "12 mm xxxx 3.5 cm", " lungs are clear . ", "\tlungs\nclear",
-           "lungs are clear .", references["8"], references["9"][:-2], "unseen words only", "é ü 肺"]
+    odd = [
+        "",
+        "the",
+        "the " * 40 + ".",
+        "a ||| b  c , ; ! ? ( ) \" '",
+        "12 mm xxxx 3.5 cm",
+        " lungs are clear . ",
+        "\tlungs\nclear",
+        "lungs are clear .",
+        references["8"],
+        references["9"][:-2],
+        "unseen words only",
+        "é ü 肺",
+    ]
     return dict(zip(references, odd)), references
 
 
@@ -46,20 +81,29 @@ CASES = {
     "empty": (dict.fromkeys(reports(5, 2), ""), reports(5, 3)),
     "equal": (reports(9, 4), reports(9, 4)),
     "single study": ({"a": "lungs are clear ."}, {"a": "the lungs are clear ."}),
-    "longer than the reference": ({"a": "the lungs are clear . no effusion ."}, {"a": "the lungs are clear ."}),
+    "longer than the reference": (
+        {"a": "the lungs are clear . no effusion ."},
+        {"a": "the lungs are clear ."},
+    ),
     "one word": ({"a": "clear", "b": "heart"}, {"a": "clear", "b": "clear"}),
 }
 
 
 def theirs(predictions, references):
-    """pycocoevalcap, called as every repository of this family calls it: no tokenizer, corpus scores."""
+    """pycocoevalcap, called as every repository of this family calls it: no tokenizer, corpus
+    scores."""
     pytest.importorskip("pycocoevalcap")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
-    ours, gold = ({name: [text] for name, text in texts.items()} for texts in (predictions, references))
+    ours, gold = (
+        {name: [text] for name, text in texts.items()} for texts in (predictions, references)
+    )
     values = dict(zip(METRICS, Bleu(4).compute_score(gold, ours, verbose=0)[0]))
-    return values | {"ROUGE_L": Rouge().compute_score(gold, ours)[0], "CIDEr": Cider().compute_score(gold, ours)[0]}
+    return values | {
+        "ROUGE_L": Rouge().compute_score(gold, ours)[0],
+        "CIDEr": Cider().compute_score(gold, ours)[0],
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,8 +125,11 @@ def test_meteor_equals_pycocoevalcap():
     corpora = [CASES[name] for name in ("random", "odd", "empty")]
     ours = meteor_1_5([[(p[name], r[name]) for name in r] for p, r in corpora])
     for value, (predictions, references) in zip(ours, corpora):
-        flat = {name: [" ".join(text.split())] for name, text in predictions.items()}  # a tab or line break ends its line
-        reference, _ = Meteor().compute_score({name: [text] for name, text in references.items()}, flat)
+        # a tab or line break ends its line
+        flat = {name: [" ".join(text.split())] for name, text in predictions.items()}
+        reference, _ = Meteor().compute_score(
+            {name: [text] for name, text in references.items()}, flat
+        )
         assert value == pytest.approx(reference, abs=1e-9)
     assert score(*corpora[0])["METEOR"] == ours[0] > 0.1
 
@@ -116,7 +163,9 @@ def test_rouge_equals_a_plain_table():
         table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
         for i, x in enumerate(a):
             for j, y in enumerate(b):
-                table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+                table[i + 1][j + 1] = (
+                    table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+                )
         common = table[-1][-1]
         p, r = common / len(a), common / len(b)
         expected = (1 + 1.44) * p * r / (r + 1.44 * p) if common else 0
@@ -124,10 +173,14 @@ def test_rouge_equals_a_plain_table():
 
 
 def test_bleu_by_hand():
-    """Clipping and brevity: "a a b" for "a b c d" has clipped unigrams 2/3, bigrams 1/2, and is one word short."""
+    """Clipping and brevity: "a a b" for "a b c d" has clipped unigrams 2/3, bigrams 1/2, and is
+    one word short."""
     values = bleu([("a a b", "a b c d")])
     brevity = 2.718281828459045 ** (1 - 4 / 3)
-    assert values[0] == pytest.approx(2 / 3 * brevity) and values[1] == pytest.approx((2 / 3 / 2) ** 0.5 * brevity)
+    assert (
+        values[0] == pytest.approx(2 / 3 * brevity)
+        and values[1] == pytest.approx((2 / 3 / 2) ** 0.5 * brevity)
+    )
 
 
 def test_best_constant_is_the_best_of_the_candidates():
@@ -143,17 +196,33 @@ def test_best_constant_is_the_best_of_the_candidates():
     assert text == max(ranked, key=value) and best_constant(train) == text
 
 
-SPEC = {"phrases": {"effusion": ["pleural effusion", "effusions"], "nodule": ["nodule"], "fracture": ["fracture"]},
-        "sides": {"left": ["left"], "right": ["right"]}, "extents": {"small": ["small", "tiny"], "large": ["large"]},
-        "studies": {"a": [{"finding": "effusion", "side": "left", "extent": "small"}],
-                    "b": [{"finding": "nodule", "side": "right", "extent": None}, {"finding": "effusion", "side": "left", "extent": "large"}],
-                    "c": []}}
+SPEC = {
+    "phrases": {
+        "effusion": ["pleural effusion", "effusions"],
+        "nodule": ["nodule"],
+        "fracture": ["fracture"],
+    },
+    "sides": {"left": ["left"], "right": ["right"]},
+    "extents": {"small": ["small", "tiny"], "large": ["large"]},
+    "studies": {
+        "a": [{"finding": "effusion", "side": "left", "extent": "small"}],
+        "b": [
+            {"finding": "nodule", "side": "right", "extent": None},
+            {"finding": "effusion", "side": "left", "extent": "large"},
+        ],
+        "c": [],
+    },
+}
 
 
 def test_named_findings_reads_phrases_not_negations():
-    assert named_findings("a tiny left pleural effusion . no nodule . the ribs are free of fracture .", SPEC) == {"effusion": ("left", "small")}
+    assert named_findings(
+        "a tiny left pleural effusion . no nodule . the ribs are free of fracture .", SPEC
+    ) == {"effusion": ("left", "small")}
     assert named_findings("large effusions", SPEC) == {"effusion": (None, "large")}
-    assert named_findings("nodules , fractures and a notable cardiac nodule .", SPEC) == {"nodule": (None, None)}
+    assert named_findings("nodules , fractures and a notable cardiac nodule .", SPEC) == {
+        "nodule": (None, None)
+    }
     assert named_findings("", SPEC) == {}
 
 
@@ -217,26 +286,50 @@ def test_named_findings_takes_side_and_extent_from_the_clause():
 
 
 def test_score_findings_by_hand():
-    found = score_findings({"a": "small right pleural effusion .", "b": "a nodule in the right lung .", "c": "a fracture ."}, SPEC)
-    assert found["each"]["effusion"] == {"precision": 1, "recall": 0.5, "f1": pytest.approx(2 / 3), "studies": 2}
+    found = score_findings(
+        {
+            "a": "small right pleural effusion .",
+            "b": "a nodule in the right lung .",
+            "c": "a fracture .",
+        },
+        SPEC,
+    )
+    assert found["each"]["effusion"] == {
+        "precision": 1, "recall": 0.5, "f1": pytest.approx(2 / 3), "studies": 2
+    }
     assert found["each"]["fracture"] == {"precision": 0, "recall": 0, "f1": 0, "studies": 0}
     assert found["micro_precision"] == found["micro_recall"] == pytest.approx(2 / 3)
     assert found["macro_f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
-    assert found["macro_f1_frequent"] == pytest.approx((2 / 3 + 1) / 2) and found["macro_f1_rare"] == 0
-    assert found["side"] == 0.5 and found["extent"] == 1.0  # of two named rightly, one side; of one with an extent
+    assert (
+        found["macro_f1_frequent"] == pytest.approx((2 / 3 + 1) / 2)
+        and found["macro_f1_rare"] == 0
+    )
+    # of two named rightly, one side; of one with an extent
+    assert found["side"] == 0.5 and found["extent"] == 1.0
 
 
 def rows_of(predictions, references):
-    return [dict(id=name, prediction=predictions[name], reference=references[name],
-                 reference_cut=" ".join(references[name].split()[:6]), image_path=[]) for name in references]
+    return [
+        dict(
+            id=name,
+            prediction=predictions[name],
+            reference=references[name],
+            reference_cut=" ".join(references[name].split()[:6]),
+            image_path=[],
+        )
+        for name in references
+    ]
 
 
 def config_for(root, dataset="iu_xray"):
-    return parse_config(dict(model=dict(vision="a", llm="b"), data=dict(root=str(root), dataset=dataset)))
+    return parse_config(
+        dict(model=dict(vision="a", llm="b"), data=dict(root=str(root), dataset=dataset))
+    )
 
 
 def test_measure_layout(tmp_path):
-    """Both protocols, the constant, the paper's row, and a note for every number that is missing."""
+    """Both protocols, the constant, the paper's row, and a note for every number that is
+    missing."""
     predictions, references = CASES["random"]
     train = list(reports(50, 9).values())
     metrics = measure(rows_of(predictions, references), config_for(tmp_path), "val", train)
@@ -246,10 +339,20 @@ def test_measure_layout(tmp_path):
     assert metrics["cut_references"]["CIDEr"] == score(predictions, cut)["CIDEr"]
     constant = metrics["constant"]
     assert constant["text"] == best_constant(train) and constant["distinct"] == 1
-    assert constant["cut_references"]["BLEU_4"] == score(dict.fromkeys(references, constant["text"]), cut)["BLEU_4"]
+    assert constant["cut_references"]["BLEU_4"] == (
+        score(dict.fromkeys(references, constant["text"]), cut)["BLEU_4"]
+    )
     assert metrics["paper"]["BLEU_4"] == 0.169 and metrics["paper"].keys() == set(METRICS)
-    assert any("METEOR: needs Java" in note for note in metrics["notes"]) and any("test split" in note for note in metrics["notes"])
-    bare = measure([{**row, "reference_cut": None} for row in rows_of(predictions, references)], config_for(tmp_path, "demo"), "test", [])
+    assert (
+        any("METEOR: needs Java" in note for note in metrics["notes"])
+        and any("test split" in note for note in metrics["notes"])
+    )
+    bare = measure(
+        [{**row, "reference_cut": None} for row in rows_of(predictions, references)],
+        config_for(tmp_path, "demo"),
+        "test",
+        [],
+    )
     assert bare["constant"] is None and bare["paper"] is None and "cut_references" not in bare
     assert sum(note.split(":")[0] in ("constant", "cut_references") for note in bare["notes"]) == 2
 
@@ -257,11 +360,18 @@ def test_measure_layout(tmp_path):
 def test_measure_scores_findings_where_the_data_has_them(tmp_path):
     (tmp_path / "findings.json").write_text(json.dumps(SPEC))
     predictions = {"a": "left pleural effusion .", "b": "a nodule .", "c": "clear ."}
-    metrics = measure(rows_of(predictions, predictions), config_for(tmp_path, "demo"), "test", ["left pleural effusion ."] * 3)
+    metrics = measure(
+        rows_of(predictions, predictions),
+        config_for(tmp_path, "demo"),
+        "test",
+        ["left pleural effusion ."] * 3,
+    )
     assert metrics["findings"] == score_findings(predictions, SPEC)
     assert metrics["constant"]["findings"]["micro_recall"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="findings.json: 1 studies are not in it, such as 'z'"):
-        measure(rows_of({"z": "clear ."}, {"z": "clear ."}), config_for(tmp_path, "demo"), "test", [])
+        measure(
+            rows_of({"z": "clear ."}, {"z": "clear ."}), config_for(tmp_path, "demo"), "test", []
+        )
     evaluate.print_metrics(metrics, "test")
 
 
@@ -281,10 +391,19 @@ def test_precision_recall_f1_equals_the_definitions():
     columns, keys = list(zip(zip(*named), zip(*true))), ("precision", "recall", "f1")
     for i, key in enumerate(keys):
         assert found[f"micro_{key}"] == pytest.approx(plain_f1(sum(named, []), sum(true, []))[i])
-        assert found[f"macro_{key}"] == pytest.approx(sum(plain_f1(*column)[i] for column in columns) / 5)
-        assert found[f"example_{key}"] == pytest.approx(sum(plain_f1(*pair)[i] for pair in zip(named, true)) / 40)
-        assert [found["each"][label][key] for label in "abcde"] == pytest.approx([plain_f1(*column)[i] for column in columns])
-    assert found["each"]["a"]["studies"] == sum(row[0] for row in true) and any(not any(row) for row in named)
+        assert found[f"macro_{key}"] == pytest.approx(
+            sum(plain_f1(*column)[i] for column in columns) / 5
+        )
+        assert found[f"example_{key}"] == pytest.approx(
+            sum(plain_f1(*pair)[i] for pair in zip(named, true)) / 40
+        )
+        assert [found["each"][label][key] for label in "abcde"] == pytest.approx(
+            [plain_f1(*column)[i] for column in columns]
+        )
+    assert (
+        found["each"]["a"]["studies"] == sum(row[0] for row in true)
+        and any(not any(row) for row in named)
+    )
 
 
 def test_score_clinical_reads_uncertain_both_ways_and_groups_labels():
@@ -298,28 +417,55 @@ def test_score_clinical_reads_uncertain_both_ways_and_groups_labels():
     assert positive["14"]["micro_precision"] == 4 / 5 and positive["14"]["micro_recall"] == 1
     assert negative["13"]["micro_precision"] == 1 / 4 and positive["13"]["micro_precision"] == 3 / 4
     assert negative["5"]["micro_precision"] == 1 / 2 and positive["5"]["micro_precision"] == 1
-    assert negative["14"]["macro_f1"] == pytest.approx((2 / 3 + 1) / 14) and positive["13"]["macro_f1"] == pytest.approx(2 / 13)
-    assert negative["13"]["example_f1"] == pytest.approx((2 / 3 + 0 + 0) / 3)  # a study without a positive label counts 0
-    assert set(positive["5"]["each"]) == set(FIVE) and list(positive["13"]["each"]) == list(CONDITIONS[:-1])
+    assert (
+        negative["14"]["macro_f1"] == pytest.approx((2 / 3 + 1) / 14)
+        and positive["13"]["macro_f1"] == pytest.approx(2 / 13)
+    )
+    # a study without a positive label counts 0
+    assert negative["13"]["example_f1"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert (
+        set(positive["5"]["each"]) == set(FIVE)
+        and list(positive["13"]["each"]) == list(CONDITIONS[:-1])
+    )
     assert positive["14"]["each"]["Edema"] == {"precision": 1, "recall": 1, "f1": 1, "studies": 2}
 
 
 def test_measure_scores_clinical_efficacy_of_model_and_constant(tmp_path, capsys):
-    def label(texts):  # class 1 of Edema where a text names it, and the constant report's No Finding
-        return [[int(name == "Edema" and "edema" in text or name == "No Finding" and "edema" not in text) for name in CONDITIONS]
-                for text in texts]
+    # class 1 of Edema where a text names it, and the constant report's No Finding
+    def label(texts):
+        return [
+            [int(name == "Edema" and "edema" in text
+                 or name == "No Finding" and "edema" not in text) for name in CONDITIONS]
+            for text in texts
+        ]
     references = {"a": "edema .", "b": "clear .", "c": "edema ."}
     predictions = {"a": "edema .", "b": "edema .", "c": "clear ."}
-    metrics = measure(rows_of(predictions, references), config_for(tmp_path, "mimic_cxr"), "test", ["clear ."] * 3, label)
+    metrics = measure(
+        rows_of(predictions, references),
+        config_for(tmp_path, "mimic_cxr"),
+        "test",
+        ["clear ."] * 3,
+        label,
+    )
     clinical, constant = metrics["clinical"], metrics["constant"]["clinical"]
     assert clinical["uncertain_negative"]["14"]["micro_f1"] == pytest.approx(1 / 3)
-    assert constant["uncertain_negative"]["14"]["micro_recall"] == pytest.approx(1 / 3) and constant["uncertain_negative"]["5"]["micro_f1"] == 0
+    assert (
+        constant["uncertain_negative"]["14"]["micro_recall"] == pytest.approx(1 / 3)
+        and constant["uncertain_negative"]["5"]["micro_f1"] == 0
+    )
     assert metrics["paper"]["clinical"] == {"precision": 0.426, "recall": 0.397, "f1": 0.402}
     reading, size, mean = clinical["headline"]
     evaluate.print_metrics(metrics, "test")
     printed = capsys.readouterr().out
-    row = next(line for line in printed.splitlines()[printed[:printed.index("CheXbert")].count("\n"):] if line.startswith("model"))
-    assert row.split()[1:4] == [format(clinical[reading][size][f"{mean}_{key}"], ".3f") for key in ("precision", "recall", "f1")]
+    row = next(
+        line
+        for line in printed.splitlines()[printed[: printed.index("CheXbert")].count("\n") :]
+        if line.startswith("model")
+    )
+    assert row.split()[1:4] == [
+        format(clinical[reading][size][f"{mean}_{key}"], ".3f")
+        for key in ("precision", "recall", "f1")
+    ]
     assert "0.426" in printed
 
 
@@ -331,8 +477,13 @@ def test_predictions_score_again_to_the_same_numbers(make_config, tmp_path):
     path.unlink()
     evaluate.score_again(tmp_path / "run/test_predictions.jsonl", None)
     assert path.read_bytes() == before and metrics["n"] == 5
-    rows = [json.loads(line) for line in (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()]
-    assert all(row["reference"] == clean_iu_xray(row["reference"].replace(" .", ".")) for row in rows)
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()
+    ]
+    assert all(
+        row["reference"] == clean_iu_xray(row["reference"].replace(" .", ".")) for row in rows
+    )
     for junk in ("", "[1]", "{", '{"id": "a"}',
                  '{"id": "a", "prediction": null, "reference": "b"}'):
         (tmp_path / "run/junk_predictions.jsonl").write_text(junk)
@@ -345,20 +496,35 @@ def test_predictions_score_again_to_the_same_numbers(make_config, tmp_path):
 
 
 def test_predictions_of_peers_score_to_the_same_numbers(make_config, data_root, tmp_path):
-    """{id: text} and {id: [text]}, references from the config; what needs the LLM's tokenizer is missing, with a note."""
+    """{id: text} and {id: [text]}, references from the config; what needs the LLM's tokenizer is
+    missing, with a note."""
     from train import train
     ours = train(make_config("train.max_steps=1"))
-    rows = [json.loads(line) for line in (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()
+    ]
     for wrap in (str, lambda text: [text]):
         path = tmp_path / "theirs.json"
         path.write_text(json.dumps({row["id"]: wrap(row["prediction"]) for row in reversed(rows)}))
         evaluate.score_again(path, tmp_path / "run/config.yaml")
         theirs = json.loads((tmp_path / "theirs_metrics.json").read_text())
-        assert all(theirs[key] == ours[key] for key in ("n", "distinct", "BLEU_4", "CIDEr", "ROUGE_L")) and "cut_references" not in theirs
-        assert theirs["constant"]["BLEU_4"] == ours["constant"]["BLEU_4"] and any("tokenizer" in note for note in theirs["notes"])
+        assert (
+            all(theirs[key] == ours[key] for key in ("n", "distinct", "BLEU_4", "CIDEr", "ROUGE_L"))
+            and "cut_references" not in theirs
+        )
+        assert (
+            theirs["constant"]["BLEU_4"] == ours["constant"]["BLEU_4"]
+            and any("tokenizer" in note for note in theirs["notes"])
+        )
         assert (tmp_path / "theirs_report.html").is_file()
-    for text, message in (('{"a": 1}', "expected one JSON object"), ('{"a": [1]}', "expected one JSON object"), ("[]", "expected one JSON object"), ("{", "expected one JSON object"),
-                          ('{"nobody": "clear ."}', "1 reports for the 5 studies of test.*6 ids")):
+    for text, message in (
+        ('{"a": 1}', "expected one JSON object"),
+        ('{"a": [1]}', "expected one JSON object"),
+        ("[]", "expected one JSON object"),
+        ("{", "expected one JSON object"),
+        ('{"nobody": "clear ."}', "1 reports for the 5 studies of test.*6 ids"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             evaluate.score_again(path, tmp_path / "run/config.yaml")
@@ -370,7 +536,9 @@ def test_predictions_of_peers_score_to_the_same_numbers(make_config, data_root, 
 
 def page_data(path):
     text = path.read_text()
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1))
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
+    )
 
 
 def test_page_is_self_contained_and_holds_the_cases(make_config, tmp_path):
@@ -378,35 +546,70 @@ def test_page_is_self_contained_and_holds_the_cases(make_config, tmp_path):
     metrics = train(make_config("train.max_steps=3"))
     path = tmp_path / "run/test_report.html"
     text, data = path.read_text(), page_data(path)
-    assert not re.search(r"(?:src|href|url|import|fetch)\s*[=(]?\s*[\"']?(?:https?:|//|file:)", text) and "default-src 'none'" in text
+    assert (
+        not re.search(r"(?:src|href|url|import|fetch)\s*[=(]?\s*[\"']?(?:https?:|//|file:)", text)
+        and "default-src 'none'" in text
+    )
     assert data["metrics"] == json.loads(json.dumps(metrics)) and data["split"] == "test"
-    rows = {row["id"]: row for row in map(json.loads, (tmp_path / "run/test_predictions.jsonl").read_text().splitlines())}
+    rows = {
+        row["id"]: row
+        for row in map(
+            json.loads, (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()
+        )
+    }
     assert sorted(case["id"] for case in data["cases"]) == sorted(rows)
     assert {case["group"] for case in data["cases"]} == {"best", "worst", "random"}
     for case in data["cases"]:
         row = rows[case["id"]]
         assert (case["reference"], case["prediction"]) == (row["reference"], row["prediction"])
-        assert case["rouge_l"] == rouge_l(row["prediction"], row["reference"]) and len(case["views"]) == len(row["image_path"])
+        assert (
+            case["rouge_l"] == rouge_l(row["prediction"], row["reference"])
+            and len(case["views"]) == len(row["image_path"])
+        )
         for view in case["views"]:
             assert Image.open(io.BytesIO(base64.b64decode(view))).size == (36, 40)
     assert data["cases"][0]["cider"] == max(case["cider"] for case in data["cases"])
     steps = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()][1:]
     assert data["curves"]["did"] == [[line["step"], line["did"]] for line in steps if "did" in line]
     assert data["curves"]["BLEU_4"] == [[3, steps[-1]["val"]["BLEU_4"]]]
-    assert {point["id"]: point["at"] for point in data["points"]} == {name: row["visual_pca"] for name, row in rows.items()}
-    assert {len(point["at"]) for point in data["points"]} == {3} and any(point["at"][0] for point in data["points"])
+    assert {point["id"]: point["at"] for point in data["points"]} == {
+        name: row["visual_pca"] for name, row in rows.items()
+    }
+    assert (
+        {len(point["at"]) for point in data["points"]} == {3}
+        and any(point["at"][0] for point in data["points"])
+    )
 
 
 def test_page_escapes_hostile_text_and_survives_missing_images(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \u2028 ]]> <!--"
-    rows = [dict(id=f"{i}{evil}", prediction=evil, reference=evil, image_path=["../../none.png", f"{i}.png"]) for i in range(70)]
+    rows = [
+        dict(
+            id=f"{i}{evil}",
+            prediction=evil,
+            reference=evil,
+            image_path=["../../none.png", f"{i}.png"],
+        )
+        for i in range(70)
+    ]
     config = config_for(tmp_path)
     metrics = measure(rows, config, "test", [evil])
     evaluate.draw_page(tmp_path / "test_report.html", rows, metrics, config, "test")
-    text, data = (tmp_path / "test_report.html").read_text(), page_data(tmp_path / "test_report.html")
-    assert "<script>alert" not in text and "onerror=" in text and text.count("<script") == 2 and "<img src=x" not in text
+    text, data = (
+        (tmp_path / "test_report.html").read_text(),
+        page_data(tmp_path / "test_report.html"),
+    )
+    assert (
+        "<script>alert" not in text
+        and "onerror=" in text
+        and text.count("<script") == 2
+        and "<img src=x" not in text
+    )
     assert data["cases"][0]["prediction"] == evil and data["cases"][0]["views"] == [None, None]
-    assert [sum(case["group"] == group for case in data["cases"]) for group in ("best", "worst", "random")] == [20, 20, 20]
+    assert [
+        sum(case["group"] == group for case in data["cases"])
+        for group in ("best", "worst", "random")
+    ] == [20, 20, 20]
     assert len({case["id"] for case in data["cases"]}) == 60
 
 
@@ -415,12 +618,24 @@ def test_page_stays_under_3_mb_with_noisy_films_of_many_views(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(3):  # near 0.8 bit a pixel as JPEG, as films have
-        noise = Image.fromarray(rng.integers(60, 200, (32, 32), dtype=np.uint8)).resize((2400, 2400), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.integers(60, 200, (32, 32), dtype=np.uint8)).resize(
+            (2400, 2400), Image.Resampling.BICUBIC
+        )
         noise.save(tmp_path / f"images/{i}.png")
     for views in (2, 5):
-        rows = [dict(id=str(i), prediction=f"no {i} . " * 12, reference="clear . " * 20, image_path=[f"{j % 3}.png" for j in range(views)]) for i in range(60)]
+        rows = [
+            dict(
+                id=str(i),
+                prediction=f"no {i} . " * 12,
+                reference="clear . " * 20,
+                image_path=[f"{j % 3}.png" for j in range(views)],
+            )
+            for i in range(60)
+        ]
         metrics = measure(rows, config_for(tmp_path), "test", [])
-        evaluate.draw_page(tmp_path / "test_report.html", rows, metrics, config_for(tmp_path), "test")
+        evaluate.draw_page(
+            tmp_path / "test_report.html", rows, metrics, config_for(tmp_path), "test"
+        )
         assert (tmp_path / "test_report.html").stat().st_size < 3e6
         if views == 2:
             view = page_data(tmp_path / "test_report.html")["cases"][0]["views"][0]
@@ -428,11 +643,19 @@ def test_page_stays_under_3_mb_with_noisy_films_of_many_views(tmp_path):
 
 
 def test_curves_are_means_of_equal_pieces(tmp_path):
-    lines = [{"versions": {}}] + [{"step": i, "report": float(i), "vse": 0.0} for i in range(1, 601)]
-    lines.insert(300, {"step": 299, "val": {"BLEU_4": 0.1, "ROUGE_L": 0.2, "CIDEr": 0.3, "distinct": 4}})
+    lines = [{"versions": {}}] + [
+        {"step": i, "report": float(i), "vse": 0.0} for i in range(1, 601)
+    ]
+    lines.insert(
+        300, {"step": 299, "val": {"BLEU_4": 0.1, "ROUGE_L": 0.2, "CIDEr": 0.3, "distinct": 4}}
+    )
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 601, "rep')
     header, found = report.curves(tmp_path / "log.jsonl")
-    assert header == {"versions": {}} and len(found["report"]) == 300 and found["report"][:2] == [[2, 1.5], [4, 3.5]]
+    assert (
+        header == {"versions": {}}
+        and len(found["report"]) == 300
+        and found["report"][:2] == [[2, 1.5], [4, 3.5]]
+    )
     assert found["vse"][0] == [2, 0.0] and found["CIDEr"] == [[299, 0.3]] and "did" not in found
     assert report.curves(tmp_path / "none.jsonl") == (None, {})
 
@@ -441,36 +664,72 @@ def test_page_tags_findings(tmp_path):
     (tmp_path / "findings.json").write_text(json.dumps(SPEC))
     predictions = {"a": "left pleural effusion .", "b": "a nodule .", "c": "clear ."}
     rows, config = rows_of(predictions, predictions), config_for(tmp_path, "demo")
-    evaluate.draw_page(tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test")
+    evaluate.draw_page(
+        tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test"
+    )
     tags = {case["id"]: case["tags"] for case in page_data(tmp_path / "p_report.html")["cases"]}
-    assert tags["a"] == {"reference": [["effusion", "left small"]], "prediction": [["effusion", "left"]]}
+    assert tags["a"] == {
+        "reference": [["effusion", "left small"]], "prediction": [["effusion", "left"]]
+    }
     assert tags["c"] == {"reference": [], "prediction": []}
     (tmp_path / "findings.json").unlink()
 
     def label(texts):
-        return [[3 if name == "Edema" else 1 if name == "Fracture" else 2 for name in CONDITIONS] for _ in texts]
-    evaluate.draw_page(tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test", label)
-    assert page_data(tmp_path / "p_report.html")["cases"][0]["tags"]["reference"] == [["Edema", "uncertain"], ["Fracture", ""]]
+        return [
+            [3 if name == "Edema" else 1 if name == "Fracture" else 2 for name in CONDITIONS]
+            for _ in texts
+        ]
+    evaluate.draw_page(
+        tmp_path / "p_report.html", rows, measure(rows, config, "test", []), config, "test", label
+    )
+    assert page_data(tmp_path / "p_report.html")["cases"][0]["tags"]["reference"] == [
+        ["Edema", "uncertain"], ["Fracture", ""]
+    ]
 
 
 def test_command_line_evaluates_and_writes_one_report(make_config, data_root, tmp_path):
-    """`--checkpoint`, `--set`, and `--images` in processes of their own: the files alone are enough."""
+    """`--checkpoint`, `--set`, and `--images` in processes of their own: the files alone are
+    enough."""
     from train import train
     train(make_config("train.max_steps=1"))
     best = str(tmp_path / "run/best.pt")
     before = (tmp_path / "run/test_predictions.jsonl").read_bytes()
-    done = subprocess.run([sys.executable, "evaluate.py", "--checkpoint", best], capture_output=True, text=True,
-                          env={"PATH": "/nowhere", "HOME": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "evaluate.py", "--checkpoint", best],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/nowhere", "HOME": str(tmp_path)},
+    )
     assert done.returncode == 0 and "5 studies" in done.stdout, done.stderr
     assert (tmp_path / "run/test_predictions.jsonl").read_bytes() == before
     row = json.loads(before.decode().splitlines()[1])
     views = [str(data_root / "images" / path) for path in row["image_path"]]
     assert len(views) == 2
-    done = subprocess.run([sys.executable, "evaluate.py", "--checkpoint", best, "--images", *views], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "evaluate.py", "--checkpoint", best, "--images", *views],
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.rstrip("\n") == row["prediction"] and done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "evaluate.py", "--checkpoint", best, "--split", "val", "--set", "data.limit=2"],
-                          capture_output=True, text=True, env={"PATH": "/nowhere", "HOME": str(tmp_path)})
-    assert "val: 2 studies" in done.stdout and torch.load(best, weights_only=True)["step"] == 1, done.stderr
+    done = subprocess.run(
+        [
+            sys.executable,
+            "evaluate.py",
+            "--checkpoint",
+            best,
+            "--split",
+            "val",
+            "--set",
+            "data.limit=2",
+        ],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/nowhere", "HOME": str(tmp_path)},
+    )
+    assert (
+        "val: 2 studies" in done.stdout
+        and torch.load(best, weights_only=True)["step"] == 1
+    ), done.stderr
 
 
 def run_main(monkeypatch, *arguments):
@@ -567,14 +826,18 @@ def test_a_checkpoint_that_is_not_finite_is_refused(checkpoint, data_root, monke
 
 
 def test_principal_plane_is_that_of_the_unit_vectors():
-    """Against the eigenvectors of the covariance; the three numbers hold the whole variance, and so the mean cosine."""
+    """Against the eigenvectors of the covariance; the three numbers hold the whole variance, and
+    so the mean cosine."""
     embeds = np.random.default_rng(0).normal(size=(40, 6)) * [5, 3, 1, 1, 1, 1] + 2
     points = principal_plane(embeds)
     unit = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
     values, vectors = np.linalg.eigh(np.cov(unit.T, bias=True))
     for axis in (0, 1):
         expected = (unit - unit.mean(axis=0)) @ vectors[:, -1 - axis]
-        assert np.allclose(np.abs(points[:, axis]), np.abs(expected)) and (points[:, axis]**2).mean() == pytest.approx(values[-1 - axis])
+        assert (
+            np.allclose(np.abs(points[:, axis]), np.abs(expected))
+            and (points[:, axis]**2).mean() == pytest.approx(values[-1 - axis])
+        )
     assert np.allclose(points, principal_plane(7 * embeds))
     variance = (points[:, 0]**2 + points[:, 1]**2 + points[:, 2]).mean()
     assert variance == pytest.approx(1 - (unit @ unit.T).mean())
@@ -582,7 +845,8 @@ def test_principal_plane_is_that_of_the_unit_vectors():
 
 
 @pytest.mark.parametrize("text, abnormal", [
-    ("the lungs are clear . no pleural effusion . heart size is normal .", False), ("there is a small left effusion . lungs are clear .", True),
+    ("the lungs are clear . no pleural effusion . heart size is normal .", False),
+    ("there is a small left effusion . lungs are clear .", True),
     ("Lungs are clear. 1. 2.", False), ("", False), ("cardiomegaly", True)])
 def test_a_report_without_words_of_denial_names_an_abnormality(text, abnormal):
     assert names_abnormality(text) == abnormal

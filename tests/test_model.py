@@ -13,11 +13,19 @@ from model import Teacher, beam_search, embed_reports, grouped_attention, read_c
 
 def make_batch(model, reports=REPORTS[:4], views=(2, 1, 3, 1), seed=0):
     generator = torch.Generator().manual_seed(seed)
-    ids = [torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids + [model.eos_id]) for text in reports]
-    return dict(images=torch.randint(0, 256, (sum(views), 3, 32, 32), generator=generator, dtype=torch.uint8),
-                view_counts=list(views), report_ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
-                report_lengths=[len(row) for row in ids],
-                teacher_embed=torch.randn(len(views), 32, generator=generator))
+    ids = [
+        torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids + [model.eos_id])
+        for text in reports
+    ]
+    return dict(
+        images=torch.randint(
+            0, 256, (sum(views), 3, 32, 32), generator=generator, dtype=torch.uint8
+        ),
+        view_counts=list(views),
+        report_ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
+        report_lengths=[len(row) for row in ids],
+        teacher_embed=torch.randn(len(views), 32, generator=generator),
+    )
 
 
 def shake_lora(model, scale=0.2):
@@ -29,7 +37,8 @@ def shake_lora(model, scale=0.2):
 
 
 def test_report_term_equals_the_textbook_computation(make_model, monkeypatch):
-    """Every position in, the library's own labels and shift, an attention mask: the same loss and the same gradients."""
+    """Every position in, the library's own labels and shift, an attention mask: the same loss
+    and the same gradients."""
     monkeypatch.setattr("model.LIKE_LENGTH", 2)  # two groups
     model = make_model("model.lora.dropout=0").eval()
     shake_lora(model)
@@ -42,8 +51,12 @@ def test_report_term_equals_the_textbook_computation(make_model, monkeypatch):
     prompt = model.embed_prompt(model.encode(batch["images"], batch["view_counts"]))
     B, P = prompt.shape[:2]
     inputs = torch.cat([prompt, model.causal_lm.get_input_embeddings()(batch["report_ids"])], dim=1)
-    real = torch.arange(batch["report_ids"].shape[1]) < torch.tensor(batch["report_lengths"])[:, None]
-    labels = torch.cat([torch.full((B, P), -100), batch["report_ids"].masked_fill(~real, -100)], dim=1)
+    real = (
+        torch.arange(batch["report_ids"].shape[1]) < torch.tensor(batch["report_lengths"])[:, None]
+    )
+    labels = torch.cat(
+        [torch.full((B, P), -100), batch["report_ids"].masked_fill(~real, -100)], dim=1
+    )
     mask = torch.cat([torch.ones(B, P, dtype=torch.long), real.long()], dim=1)
     textbook = model.causal_lm(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
     textbook.backward()
@@ -55,7 +68,8 @@ def test_report_term_equals_the_textbook_computation(make_model, monkeypatch):
 
 
 def test_padding_changes_nothing(make_model):
-    """Neither the id of the padding nor more of it; an end token inside the padding is no target (A9)."""
+    """Neither the id of the padding nor more of it; an end token inside the padding is no target
+    (A9)."""
     model = make_model().eval()
     batch = make_batch(model)
     terms, *_ = model(**batch)
@@ -72,31 +86,46 @@ def test_prompt_is_that_of_section_3_4(make_model):
     model = make_model().eval()
     visual_tokens = model.encode(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [1, 1])
     prompt, embed = model.embed_prompt(visual_tokens), model.causal_lm.get_input_embeddings()
-    assert "".join(PROMPT) == ("Human: <img></img> Generate a comprehensive and detailed diagnosis report "
-                                            "for this chest X-ray image.\nAssistant:")
+    assert "".join(PROMPT) == (
+        "Human: <img></img> Generate a comprehensive and detailed diagnosis report "
+        "for this chest X-ray image.\nAssistant:"
+    )
     before = [model.bos_id] + model.tokenizer(PROMPT[0], add_special_tokens=False).input_ids
     after = model.tokenizer(PROMPT[1], add_special_tokens=False).input_ids
     S = visual_tokens.shape[1]
     assert prompt.shape == (2, len(before) + S + len(after), 32) and S == 16
     assert torch.equal(prompt[0, :len(before)], embed(torch.tensor(before)))
-    assert torch.equal(prompt[1, len(before):-len(after)], model.visual_projection(visual_tokens)[1])
+    assert torch.equal(
+        prompt[1, len(before) : -len(after)], model.visual_projection(visual_tokens)[1]
+    )
     assert torch.equal(prompt[1, -len(after):], embed(torch.tensor(after)))
 
 
 def test_no_logits_outside_reports_no_mask_and_little_padding(make_model, monkeypatch):
-    """Two groups of like length: each passes the LLM at the length of its own longest report, without its last token."""
+    """Two groups of like length: each passes the LLM at the length of its own longest report,
+    without its last token."""
     monkeypatch.setattr("model.LIKE_LENGTH", 2)
     model = make_model()
     rows, calls = [], []
-    model.causal_lm.lm_head.register_forward_hook(lambda m, args, result: rows.append(args[0].shape))
-    model.causal_lm.model.register_forward_pre_hook(lambda m, args, kw: calls.append(kw), with_kwargs=True)
-    batch = make_batch(model, sorted(REPORTS[:4], key=lambda text: len(model.tokenizer(text).input_ids)))
+    model.causal_lm.lm_head.register_forward_hook(
+        lambda m, args, result: rows.append(args[0].shape)
+    )
+    model.causal_lm.model.register_forward_pre_hook(
+        lambda m, args, kw: calls.append(kw), with_kwargs=True
+    )
+    batch = make_batch(
+        model, sorted(REPORTS[:4], key=lambda text: len(model.tokenizer(text).input_ids))
+    )
     model(**batch)
     assert rows == [(sum(batch["report_lengths"]), 32)]
     assert all(call.get("attention_mask") is None for call in calls)
-    prompt, ordered = model.embed_prompt(torch.zeros(1, 16, 32)).shape[1], sorted(batch["report_lengths"])
+    prompt, ordered = model.embed_prompt(torch.zeros(1, 16, 32)).shape[1], sorted(
+        batch["report_lengths"]
+    )
     assert ordered[1] < ordered[3]  # else the test would say nothing
-    assert [tuple(call["inputs_embeds"].shape[:2]) for call in calls] == [(2, prompt + n - 1) for n in (ordered[1], ordered[3])]
+    assert [tuple(call["inputs_embeds"].shape[:2]) for call in calls] == [
+        (2, prompt + n - 1) for n in (ordered[1], ordered[3])
+    ]
 
 
 def test_views_are_averaged_token_by_token(make_model):
@@ -108,7 +137,9 @@ def test_views_are_averaged_token_by_token(make_model):
     for row, count in enumerate(batch["view_counts"]):
         views = batch["images"][start:start + count]
         each = [model.encode(view[None], [1])[0] for view in views]
-        torch.testing.assert_close(together[row], torch.stack(each).mean(dim=0), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together[row], torch.stack(each).mean(dim=0), atol=1e-5, rtol=1e-5
+        )
         start += count
 
 
@@ -120,7 +151,11 @@ def test_encode_normalises_as_the_encoder_expects_and_ends_in_layer_norm(make_mo
     hidden = model.vision(pixels.float()).last_hidden_state
     with torch.no_grad():
         model.norm.weight.mul_(3)
-    expected = 3 * (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = (
+        3
+        * (hidden - hidden.mean(-1, keepdim=True))
+        / (hidden.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    )
     torch.testing.assert_close(model.encode(images, [1]), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -139,7 +174,10 @@ def test_base_stays_bit_for_bit_and_the_rest_trains(make_model, precision):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     for name, p in model.named_parameters():
         frozen = name.startswith("llm.") and "lora_" not in name
-        assert p.requires_grad != frozen and p.dtype == (base_type if frozen else torch.float32), name
+        assert (
+            p.requires_grad != frozen
+            and p.dtype == (base_type if frozen else torch.float32)
+        ), name
         assert (name in moved) != frozen, name
     for part in ("vision.", "norm.", "vse_head.", "did_head.", "visual_projection.", "llm."):
         assert any(name.startswith(part) for name in moved), part
@@ -150,16 +188,22 @@ def test_base_stays_bit_for_bit_and_the_rest_trains(make_model, precision):
 def reached(model, term):
     model.zero_grad()
     term.backward()
-    return {name.split(".")[0] if "lora_" not in name else "lora" for name, p in model.named_parameters()
-            if p.grad is not None and p.grad.abs().max() > 0}
+    return {
+        name.split(".")[0] if "lora_" not in name else "lora"
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
 
 
 def test_gradient_of_each_term_ends_where_the_paper_says(make_model):
     model = make_model().train()
     batch = make_batch(model)
-    assert reached(model, model(**batch)[0]["did"]) == {"vision", "norm", "did_head"}    # not the teacher, not the LLM
+    # not the teacher, not the LLM
+    assert reached(model, model(**batch)[0]["did"]) == {"vision", "norm", "did_head"}
     assert reached(model, model(**batch)[0]["vse"]) == {"vision", "norm", "vse_head"}
-    assert reached(model, model(**batch)[0]["report"]) == {"vision", "norm", "visual_projection", "lora"}
+    assert reached(model, model(**batch)[0]["report"]) == {
+        "vision", "norm", "visual_projection", "lora"
+    }
 
 
 def test_ablations_build_nothing_that_they_do_not_use(make_model):
@@ -170,18 +214,22 @@ def test_ablations_build_nothing_that_they_do_not_use(make_model):
     assert not any(p.requires_grad for p in model.llm.parameters())
     terms["report"].backward()
     assert model.visual_projection.weight.grad.abs().max() > 0
-    assert make_model().vse_head.weight.shape == (64, 32)                             # A4: D_z = 2 D
+    assert make_model().vse_head.weight.shape == (64, 32)  # A4: D_z = 2 D
     assert make_model("model.vse_expansion=3").vse_head.weight.shape == (96, 32)
 
 
 def test_vse_reading_of_a1_is_a_switch(make_model):
-    plain, ours = (make_model(f"loss.vse_self_in_denominator={flag}").eval() for flag in ("true", "false"))
+    plain, ours = (
+        make_model(f"loss.vse_self_in_denominator={flag}").eval() for flag in ("true", "false")
+    )
     batch = make_batch(ours)
-    assert plain(**batch)[0]["vse"].item() > ours(**batch)[0]["vse"].item() + 0.1  # one more term in each denominator
+    # one more term in each denominator
+    assert plain(**batch)[0]["vse"].item() > ours(**batch)[0]["vse"].item() + 0.1
 
 
 def test_teacher_is_the_llm_without_lora_on_the_report_alone(make_model):
-    """A5: BOS in, BOS out of the mean, no gradient; neither LoRA nor the other reports of a batch change it."""
+    """A5: BOS in, BOS out of the mean, no gradient; neither LoRA nor the other reports of a
+    batch change it."""
     model = make_model().train()
     shake_lora(model)
     embeddings = embed_reports(model, REPORTS + REPORTS)
@@ -197,7 +245,8 @@ def test_teacher_is_the_llm_without_lora_on_the_report_alone(make_model):
 
 
 def test_each_loss_has_its_temperature_and_its_embeddings(make_model):
-    """A3; and h and z are what Sec. 3.2 says: the mean over S of the visual tokens, and W1 h + b."""
+    """A3; and h and z are what Sec. 3.2 says: the mean over S of the visual tokens, and W1 h +
+    b."""
     model = make_model("loss.vse_temperature=0.5", "loss.did_temperature=0.2").eval()
     batch = make_batch(model)
     terms, visual_tokens, did_top1 = model(**batch)
@@ -233,12 +282,21 @@ def test_teacher_is_standardised_over_the_studies():
 def test_an_encoder_whose_output_is_a_map(make_model, tmp_path, kind):
     """Sec. 3.1: its h w places are the tokens, row by row; no name in its config gives S or D."""
     import transformers
-    sizes = dict(EfficientNet=dict(image_size=64, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128),
-                 ResNet=dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"))[kind]
+    sizes = dict(
+        EfficientNet=dict(
+            image_size=64, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128
+        ),
+        ResNet=dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"),
+    )[kind]
     torch.manual_seed(0)
     vision = getattr(transformers, kind + "Model")(getattr(transformers, kind + "Config")(**sizes))
     vision.save_pretrained(tmp_path / "vision")
-    shape = dict(image_processor_type="ViTImageProcessor", size=64, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    shape = dict(
+        image_processor_type="ViTImageProcessor",
+        size=64,
+        image_mean=[0.5] * 3,
+        image_std=[0.25] * 3,
+    )
     (tmp_path / "vision/preprocessor_config.json").write_text(json.dumps(shape))
     model = make_model(f"model.vision={tmp_path / 'vision'}").eval()
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
@@ -248,19 +306,31 @@ def test_an_encoder_whose_output_is_a_map(make_model, tmp_path, kind):
     assert tokens.shape == (2, h * w, D) and h > 1
     place = torch.nn.functional.layer_norm(maps[0, :, 1, 0], (D,))
     torch.testing.assert_close(tokens[0, w], place, atol=1e-4, rtol=1e-3)
-    batch = make_batch(model) | dict(images=torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8))
+    batch = make_batch(model) | dict(
+        images=torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8)
+    )
     assert reached(model.train(), model(**batch)[0]["did"]) == {"vision", "norm", "did_head"}
 
 
 def test_another_encoder_can_be_the_teacher(make_model, tmp_path):
-    """A BERT: its special tokens are left out of the mean, its padding is masked, W2 takes its width."""
+    """A BERT: its special tokens are left out of the mean, its padding is masked, W2 takes its
+    width."""
     from transformers import BertConfig, BertModel, BertTokenizer
     words = sorted({word for text in REPORTS for word in text.lower().replace(".", " .").split()})
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
+    )
     tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
     torch.manual_seed(0)
-    bert = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
-                                intermediate_size=32)).eval()
+    bert = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    ).eval()
     bert.save_pretrained(tmp_path / "bert"), tokenizer.save_pretrained(tmp_path / "bert")
     model = make_model(f"model.teacher={tmp_path / 'bert'}")
     assert model.did_head.weight.shape == (32, 24)
@@ -271,7 +341,11 @@ def test_another_encoder_can_be_the_teacher(make_model, tmp_path):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_alone_equals_generation_in_a_batch(make_model, beams):
-    model = make_model(f"generate.num_beams={beams}", "generate.max_new_tokens=12", "generate.repetition_penalty=1.5").eval()
+    model = make_model(
+        f"generate.num_beams={beams}",
+        "generate.max_new_tokens=12",
+        "generate.repetition_penalty=1.5",
+    ).eval()
     shake_lora(model, 1.0)
     batch = make_batch(model)
     together, h = model.generate(batch["images"], batch["view_counts"])
@@ -283,28 +357,48 @@ def test_generation_alone_equals_generation_in_a_batch(make_model, beams):
     assert len(set(together)) > 1  # else the test would say nothing
 
 
-SEARCHES = [dict(), dict(num_beams=1), dict(num_beams=1, repetition_penalty=1.0), dict(num_beams=4, length_penalty=0.0, min_new_tokens=1),
-            dict(num_beams=2, length_penalty=-1.0, repetition_penalty=1.3), dict(num_beams=5, repetition_penalty=1.0, min_new_tokens=3)]
+SEARCHES = [
+    dict(),
+    dict(num_beams=1),
+    dict(num_beams=1, repetition_penalty=1.0),
+    dict(num_beams=4, length_penalty=0.0, min_new_tokens=1),
+    dict(num_beams=2, length_penalty=-1.0, repetition_penalty=1.3),
+    dict(num_beams=5, repetition_penalty=1.0, min_new_tokens=3),
+]
 
 
 @pytest.mark.parametrize("changes", SEARCHES, ids=str)
 def test_beam_search_equals_the_librarys(make_model, changes):
-    """Token for token; with beams that cross, studies that end at different steps, and one that never ends."""
-    settings = Generate(**dict(num_beams=3, repetition_penalty=2.0, length_penalty=2.0, min_new_tokens=4, max_new_tokens=20) | changes)
+    """Token for token; with beams that cross, studies that end at different steps, and one that
+    never ends."""
+    settings = Generate(
+        **dict(
+            num_beams=3,
+            repetition_penalty=2.0,
+            length_penalty=2.0,
+            min_new_tokens=4,
+            max_new_tokens=20,
+        )
+        | changes
+    )
     model = make_model().eval()
     shake_lora(model, 1.0)
     model.causal_lm.lm_head.weight.data *= 2  # one token is repeated until the penalty has its say
     model.causal_lm.lm_head.weight.data[model.eos_id] *= 2  # and ends come within the limit
     prompt = torch.randn(24, 9, 32, generator=torch.Generator().manual_seed(1))
     calls = []
-    hook = model.causal_lm.model.register_forward_hook(lambda module, args, result: calls.append(len(result.last_hidden_state)))
+    hook = model.causal_lm.model.register_forward_hook(
+        lambda module, args, result: calls.append(len(result.last_hidden_state))
+    )
     ours = beam_search(model.causal_lm, prompt, settings, model.eos_id)
     hook.remove()
     theirs = library_search(model, prompt, settings)
     assert torch.equal(ours, theirs)
     lengths = (ours != model.eos_id).sum(dim=1)
-    assert len(lengths.unique()) > 2 and len(ours.unique(dim=0)) > 12, lengths  # else the test would say little
-    assert calls[0] == 24 and calls[-1] < 24 and calls == sorted(calls, reverse=True)  # settled studies leave
+    # else the test would say little
+    assert len(lengths.unique()) > 2 and len(ours.unique(dim=0)) > 12, lengths
+    # settled studies leave
+    assert calls[0] == 24 and calls[-1] < 24 and calls == sorted(calls, reverse=True)
 
 
 def test_a_decoding_step_reads_back_once_at_most_on_average(make_model):
@@ -353,18 +447,23 @@ def test_the_cache_asks_for_its_memory_once(make_model):
 
 
 def test_recomputation_changes_nothing(make_model):
-    """train.recompute: dropout included, the same terms and the same gradients, to the bit; and less is kept."""
+    """train.recompute: dropout included, the same terms and the same gradients, to the bit; and
+    less is kept."""
     kept, results = [], []
     for setting in ("false", "true"):
         model = make_model(f"train.recompute={setting}").train()
         shake_lora(model)
         batch, sizes = make_batch(model), {}
         torch.manual_seed(5)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
+        ):
             terms, *_ = model(**batch)
         sum(terms.values()).backward()
         kept.append(sum(sizes.values()))
-        results.append([*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        results.append(
+            [*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        )
     assert len(results[0]) == len(results[1]) and all(map(torch.equal, *results))
     assert kept[1] < 0.8 * kept[0]
 
@@ -396,9 +495,14 @@ def test_grouped_attention_equals_a_plain_one(masked):
 
 
 def test_greedy_generation_follows_the_training_forward(make_model):
-    """The prompt of generation is that of training: greedy tokens are the arg max of the logits the loss sees."""
-    model = make_model("generate.num_beams=1", "generate.repetition_penalty=1", "generate.max_new_tokens=8",
-                       "generate.min_new_tokens=8").eval()
+    """The prompt of generation is that of training: greedy tokens are the arg max of the logits
+    the loss sees."""
+    model = make_model(
+        "generate.num_beams=1",
+        "generate.repetition_penalty=1",
+        "generate.max_new_tokens=8",
+        "generate.min_new_tokens=8",
+    ).eval()
     shake_lora(model, 1.0)
     batch = make_batch(model)
     prompt = model.embed_prompt(model.encode(batch["images"], batch["view_counts"]))
@@ -408,13 +512,16 @@ def test_greedy_generation_follows_the_training_forward(make_model):
         logits = model.causal_lm(inputs_embeds=inputs).logits[:, -1]
         logits[:, model.eos_id] = -torch.inf  # min_new_tokens
         ids = torch.cat([ids, logits.argmax(dim=1, keepdim=True)], dim=1)
-    assert model.generate(batch["images"], batch["view_counts"])[0] == [model.decode(row) for row in ids.tolist()]
+    assert model.generate(batch["images"], batch["view_counts"])[0] == [
+        model.decode(row) for row in ids.tolist()
+    ]
 
 
 def test_decode_ends_at_the_end_token(make_model):
     model = make_model()
     ids = model.tokenizer("lungs are clear .", add_special_tokens=False).input_ids
-    assert model.decode(ids + [model.eos_id] + ids) == "lungs are clear ."  # and the blank before the dot stays
+    # and the blank before the dot stays
+    assert model.decode(ids + [model.eos_id] + ids) == "lungs are clear ."
     assert model.decode([model.eos_id, 5]) == model.decode([]) == ""
 
 
@@ -429,9 +536,15 @@ def test_trained_state_is_complete_and_strict(make_model, tmp_path):
     torch.save(dict(model=state, config=model.config.to_dict()), tmp_path / "best.pt")
     other.load_trained_state(read_checkpoint(tmp_path / "best.pt")["model"])
     batch = make_batch(model)
-    assert {k: v.item() for k, v in model.eval()(**batch)[0].items()} == {k: v.item() for k, v in other.eval()(**batch)[0].items()}
+    assert {k: v.item() for k, v in model.eval()(**batch)[0].items()} == {
+        k: v.item() for k, v in other.eval()(**batch)[0].items()
+    }
     name = next(iter(state))
-    for broken in ({k: v for k, v in state.items() if k != name}, state | {"extra": state[name]}, state | {name: torch.zeros(3, 1)}):
+    for broken in (
+        {k: v for k, v in state.items() if k != name},
+        state | {"extra": state[name]},
+        state | {name: torch.zeros(3, 1)},
+    ):
         with pytest.raises(ValueError, match="missing, unexpected or of another shape"):
             other.load_trained_state(broken)
 
@@ -466,9 +579,12 @@ def test_paper_scale_on_the_meta_device():
     count = lambda parameters: sum(p.numel() for p in parameters)  # noqa: E731
     assert visual_tokens.shape == (1, 49, 1024)                                          # S, D
     assert model.vse_head.weight.shape == (2048, 1024)                                   # D_z, A4
-    assert model.did_head.weight.shape == (1024, 4096) and model.visual_projection.weight.shape == (4096, 1024)
+    assert (
+        model.did_head.weight.shape == (1024, 4096)
+        and model.visual_projection.weight.shape == (4096, 1024)
+    )
     assert round(count(model.vision.parameters()) / 1e6, 1) == 86.7
     assert round(count(p for p in model.llm.parameters() if not p.requires_grad) / 1e9, 2) == 6.74
-    assert count(p for p in model.llm.parameters() if p.requires_grad) == 8_388_608      # LoRA: 8.39 M
+    assert count(p for p in model.llm.parameters() if p.requires_grad) == 8_388_608  # LoRA: 8.39 M
     assert {p.dtype for p in model.llm.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

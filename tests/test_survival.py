@@ -1,4 +1,5 @@
-"""What a run survives: kills, signals, a full disk, a second run; and several ranks that equal one process."""
+"""What a run survives: kills, signals, a full disk, a second run; and several ranks that equal
+one process."""
 import io
 import json
 import os
@@ -33,21 +34,47 @@ def config_file(make_config, tmp_path):
 
 
 def command(config, *arguments, ranks=1):
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    start = (
+        [sys.executable]
+        if ranks == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+        ]
+    )
     return [*start, "train.py", "--config", str(config), *arguments]
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": "/nowhere"}  # no Java: METEOR is not what is tested
+    # no Java: METEOR is not what is tested
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": "/nowhere"}
 
 
 def run(config, *arguments, ranks=1, timeout=240):
-    return subprocess.run(command(config, *arguments, ranks=ranks), cwd=REPOSITORY, capture_output=True, text=True, env=environment(), timeout=timeout)
+    return subprocess.run(
+        command(config, *arguments, ranks=ranks),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=timeout,
+    )
 
 
 def start(config, *arguments, ranks=1):
-    return subprocess.Popen(command(config, *arguments, ranks=ranks), cwd=REPOSITORY, text=True, env=environment(),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        command(config, *arguments, ranks=ranks),
+        cwd=REPOSITORY,
+        text=True,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def wait_for_step(process, folder, step, seconds=120):
@@ -62,32 +89,54 @@ def wait_for_step(process, folder, step, seconds=120):
 
 def log_of(folder):
     timing = ("seconds", "studies_per_second", "report_tokens_per_second", "peak_memory_gb")
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in (folder / "log.jsonl").read_text().splitlines()][1:]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in timing}
+        for line in (folder / "log.jsonl").read_text().splitlines()
+    ][1:]
 
 
 def assert_same_run(one, other):
     """Every tensor of both checkpoints, every logged step, every prediction."""
     for name in ("last.pt", "best.pt"):
-        leaves = [torch.utils._pytree.tree_flatten({k: v for k, v in read_checkpoint(folder / name).items() if k != "config"}) for folder in (one, other)]
+        leaves = [
+            torch.utils._pytree.tree_flatten(
+                {k: v for k, v in read_checkpoint(folder / name).items() if k != "config"}
+            )
+            for folder in (one, other)
+        ]
         assert leaves[0][1] == leaves[1][1]
-        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(leaves[0][0], leaves[1][0])), name
+        assert all(
+            torch.equal(a, b) if torch.is_tensor(a) else a == b
+            for a, b in zip(leaves[0][0], leaves[1][0])
+        ), name
     assert log_of(one) == log_of(other)
-    assert (one / "test_predictions.jsonl").read_bytes() == (other / "test_predictions.jsonl").read_bytes()
+    assert (one / "test_predictions.jsonl").read_bytes() == (
+        other / "test_predictions.jsonl"
+    ).read_bytes()
 
 
 def kill_at_random_moments(config, folder, kills, seconds, rng):
-    """SIGKILL `kills` times after a random time up to `seconds` of stepping, resume each time, and let the last one end."""
+    """SIGKILL `kills` times after a random time up to `seconds` of stepping, resume each time,
+    and let the last one end."""
     moments = []
     for _ in range(kills):
         process = start(config, "--resume")
         end = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < end and not (folder / "log.jsonl").is_file():
+        while (
+            process.poll() is None
+            and time.monotonic() < end
+            and not (folder / "log.jsonl").is_file()
+        ):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, seconds))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        moments.append((folder / "log.jsonl").read_text().count("\n") if (folder / "log.jsonl").is_file() else 0)
+        moments.append(
+            (folder / "log.jsonl").read_text().count("\n")
+            if (folder / "log.jsonl").is_file()
+            else 0
+        )
     done = run(config, "--resume")
     assert done.returncode == 0, done.stderr
     return moments
@@ -97,16 +146,24 @@ def test_killed_runs_end_as_an_undisturbed_one(config_file, tmp_path):
     """Dropout and drop-path on, a save at every second step, validation in each epoch."""
     settings = ("train.epochs=3", "train.save_every_steps=2", "train.lr=0.01")
     assert run(config_file("whole", *settings)).returncode == 0
-    kill_at_random_moments(config_file("killed", *settings), tmp_path / "killed", 3, 6, random.Random(0))
+    kill_at_random_moments(
+        config_file("killed", *settings), tmp_path / "killed", 3, 6, random.Random(0)
+    )
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.skipif("VDGEN_SLOW" not in os.environ, reason="twenty kills of a demo run take a quarter of an hour: VDGEN_SLOW=1 runs them")
+@pytest.mark.skipif(
+    "VDGEN_SLOW" not in os.environ,
+    reason="twenty kills of a demo run take a quarter of an hour: VDGEN_SLOW=1 runs them",
+)
 def test_twenty_kills_of_a_demo_run(tmp_path):
     settings = ("--set", "train.max_steps=250", "data.limit=400", "train.save_every_steps=1")
     for name in ("whole", "killed"):
         (tmp_path / f"{name}.yaml").write_text((REPOSITORY / "configs/demo.yaml").read_text())
-    whole, killed = ([tmp_path / f"{name}.yaml", *settings, f"train.output={tmp_path / name}"] for name in ("whole", "killed"))
+    whole, killed = (
+        [tmp_path / f"{name}.yaml", *settings, f"train.output={tmp_path / name}"]
+        for name in ("whole", "killed")
+    )
     done = run(*whole, timeout=900)
     assert done.returncode == 0, done.stderr
     rng = random.Random(0)
@@ -115,7 +172,11 @@ def test_twenty_kills_of_a_demo_run(tmp_path):
     def lines():
         return log.read_text().count("\n") if log.is_file() else 0
     for _ in range(20):
-        process, goal, end = start(*killed, "--resume"), lines() + rng.randint(0, 20), time.monotonic() + rng.uniform(5, 60)
+        process, goal, end = (
+            start(*killed, "--resume"),
+            lines() + rng.randint(0, 20),
+            time.monotonic() + rng.uniform(5, 60),
+        )
         while process.poll() is None and lines() < goal and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.4))
@@ -130,7 +191,8 @@ def test_twenty_kills_of_a_demo_run(tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_finish_the_step_save_and_exit(config_file, tmp_path, number, code):
-    settings = ("train.epochs=40", "train.max_steps=100", "generate.max_new_tokens=2")  # nothing is saved within an epoch
+    # nothing is saved within an epoch
+    settings = ("train.epochs=40", "train.max_steps=100", "generate.max_new_tokens=2")
     process = start(config_file("run", *settings), ranks=1)
     wait_for_step(process, tmp_path / "run", 2)
     process.send_signal(number)
@@ -138,18 +200,27 @@ def test_signals_finish_the_step_save_and_exit(config_file, tmp_path, number, co
     assert process.returncode == code and "Traceback" not in errors, errors
     steps = [line["step"] for line in log_of(tmp_path / "run") if "val" not in line]
     assert read_checkpoint(tmp_path / "run/last.pt")["step"] == steps[-1] < 100
-    assert f"stopped at step {steps[-1]}; --resume goes on" in out or steps[-1] % 4 == 0  # at the end of an epoch all is saved
+    # at the end of an epoch all is saved
+    assert f"stopped at step {steps[-1]}; --resume goes on" in out or steps[-1] % 4 == 0
 
 
 def test_a_second_run_into_the_same_folder_is_refused(config_file, tmp_path):
-    config = config_file("run", "train.epochs=1000", "train.max_steps=4000", "generate.max_new_tokens=2")
+    config = config_file(
+        "run", "train.epochs=1000", "train.max_steps=4000", "generate.max_new_tokens=2"
+    )
     first = start(config)
     try:
         wait_for_step(first, tmp_path / "run", 1)
         log = (tmp_path / "run/log.jsonl").read_text()
         second = run(config, "--resume")
-        assert second.returncode == 1 and "another process is training in this folder" in second.stderr
-        assert second.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in second.stderr
+        assert (
+            second.returncode == 1
+            and "another process is training in this folder" in second.stderr
+        )
+        assert (
+            second.stderr.strip().splitlines()[-1].startswith("error: ")
+            and "Traceback" not in second.stderr
+        )
         assert (tmp_path / "run/log.jsonl").read_text().startswith(log)
     finally:
         os.killpg(first.pid, signal.SIGKILL)
@@ -165,7 +236,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(training.torch, "save", full)
-    with pytest.raises(OSError, match="cannot write .*last.pt .*No space left.*the one before it is whole"):
+    with pytest.raises(
+        OSError, match="cannot write .*last.pt .*No space left.*the one before it is whole"
+    ):
         training.write_atomically(path, {"step": 2})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -204,10 +277,17 @@ def test_each_fault_once():
 
 
 def test_log_holds_each_step_once(tmp_path):
-    """Half a line, steps behind the checkpoint, and a validation that counts only if the checkpoint knows it."""
+    """Half a line, steps behind the checkpoint, and a validation that counts only if the
+    checkpoint knows it."""
     lines = [{"arguments": {}}, {"step": 1}, {"step": 2}, {"step": 2, "val": {}}, {"step": 3}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    for step, validated, kept in ((2, True, 4), (2, False, 3), (1, True, 2), (3, True, 5), (0, True, 0)):
+    for step, validated, kept in (
+        (2, True, 4),
+        (2, False, 3),
+        (1, True, 2),
+        (3, True, 5),
+        (0, True, 0),
+    ):
         (tmp_path / "log.jsonl").write_text(text + '{"step": 4, "rep')
         with training.open_log(tmp_path / "log.jsonl", step, validated) as file:
             file.write('{"step": 9}\n')
@@ -237,43 +317,93 @@ def still_backbones(backbones, tmp_path):
     swin = SwinModel.from_pretrained(backbones / "swin")
     swin.config.drop_path_rate = 0.0
     swin.save_pretrained(tmp_path / "swin")
-    (tmp_path / "swin/preprocessor_config.json").write_text((backbones / "swin/preprocessor_config.json").read_text())
+    (tmp_path / "swin/preprocessor_config.json").write_text(
+        (backbones / "swin/preprocessor_config.json").read_text()
+    )
     return tmp_path / "swin"
 
 
 def test_two_ranks_equal_one_process(config_file, still_backbones, data_root, tmp_path):
-    """8 + 8 against 16 studies: losses, gradient norms, weights of ten steps; and predictions: 5 and 3 studies in batches of 2
-    do not divide by 2 ranks."""
+    """8 + 8 against 16 studies: losses, gradient norms, weights of ten steps; and predictions:
+    5 and 3 studies in batches of 2 do not divide by 2 ranks."""
     shutil.copytree(data_root, tmp_path / "data")
     tree = json.loads((tmp_path / "data/annotation.json").read_text())
-    tree["train"] = [study | {"id": f"{study['id']}_{i}"} for i in range(4) for study in tree["train"]]
+    tree["train"] = [
+        study | {"id": f"{study['id']}_{i}"} for i in range(4) for study in tree["train"]
+    ]
     (tmp_path / "data/annotation.json").write_text(json.dumps(tree))
-    settings = (f"model.vision={still_backbones}", f"data.root={tmp_path / 'data'}", "model.lora.dropout=0", "train.batch_size=16", "train.epochs=4",
-                "train.max_steps=10", "train.lr=1.0e-3", "loss.vse_temperature=0.5", "loss.did_temperature=0.5", "loss.vse_weight=0.5")
+    settings = (
+        f"model.vision={still_backbones}",
+        f"data.root={tmp_path / 'data'}",
+        "model.lora.dropout=0",
+        "train.batch_size=16",
+        "train.epochs=4",
+        "train.max_steps=10",
+        "train.lr=1.0e-3",
+        "loss.vse_temperature=0.5",
+        "loss.did_temperature=0.5",
+        "loss.vse_weight=0.5",
+    )
     for name, ranks in (("one", 1), ("two", 2)):
         done = run(config_file(name, *settings), ranks=ranks)
         assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["ranks"] == ranks
+        assert json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["ranks"] == (
+            ranks
+        )
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert len(one) == len(two) == 14  # ten steps, four validations
     for ours, theirs in zip(one, two):
-        for key in ("report", "vse", "did", "total", "gradient_norm", "pull_report", "pull_vse", "pull_did", "did_top1"):
+        for key in (
+            "report",
+            "vse",
+            "did",
+            "total",
+            "gradient_norm",
+            "pull_report",
+            "pull_vse",
+            "pull_did",
+            "did_top1",
+        ):
             if key in ours:
-                assert theirs[key] == pytest.approx(ours[key], abs=1e-5, rel=1e-5), (key, ours["step"])
+                assert theirs[key] == pytest.approx(ours[key], abs=1e-5, rel=1e-5), (
+                    key,
+                    ours["step"],
+                )
     a, b = (read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
-    assert all(torch.allclose(a["model"][key], b["model"][key], atol=1e-4) for key in a["model"]) and len(b["random"]) == 2
-    moved = max((a["model"][key] - value).abs().max() for key, value in b["model"].items() if value.is_floating_point())
+    assert (
+        all(torch.allclose(a["model"][key], b["model"][key], atol=1e-4) for key in a["model"])
+        and len(b["random"]) == 2
+    )
+    moved = max(
+        (a["model"][key] - value).abs().max()
+        for key, value in b["model"].items()
+        if value.is_floating_point()
+    )
     print(f"largest difference of a weight after ten steps: {moved:.1e}")
-    assert (tmp_path / "one/test_predictions.jsonl").read_bytes() == (tmp_path / "two/test_predictions.jsonl").read_bytes()
+    assert (tmp_path / "one/test_predictions.jsonl").read_bytes() == (
+        tmp_path / "two/test_predictions.jsonl"
+    ).read_bytes()
 
 
 def test_ranks_share_the_batch_and_end_with_the_first_that_dies(config_file, tmp_path):
     done = run(config_file("odd", "train.batch_size=3"), ranks=2)
     assert done.returncode != 0 and "3 studies cannot be shared by 2 ranks equally" in done.stderr
-    process = start(config_file("run", "train.batch_size=4", "train.epochs=1000", "train.max_steps=4000", "generate.max_new_tokens=2"), ranks=2)
+    process = start(
+        config_file(
+            "run",
+            "train.batch_size=4",
+            "train.epochs=1000",
+            "train.max_steps=4000",
+            "generate.max_new_tokens=2",
+        ),
+        ranks=2,
+    )
     try:
         wait_for_step(process, tmp_path / "run", 2)
-        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        workers = [
+            int(pid)
+            for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
         workers = [pid for pid in workers if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)

@@ -44,9 +44,16 @@ def steps_of(folder):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("save_every, stop", [(2, 2), (2, 3), (1, 5)])
-def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(make_config, tmp_path, monkeypatch, precision, save_every, stop):
-    """Stopped in the first or the second epoch, at a save or behind one; dropout and drop-path are on."""
-    config = make_config("train.epochs=2", f"train.save_every_steps={save_every}", f"train.precision={precision}", "train.lr=0.01")
+def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(
+        make_config, tmp_path, monkeypatch, precision, save_every, stop):
+    """Stopped in the first or the second epoch, at a save or behind one; dropout and drop-path
+    are on."""
+    config = make_config(
+        "train.epochs=2",
+        f"train.save_every_steps={save_every}",
+        f"train.precision={precision}",
+        "train.lr=0.01",
+    )
     train(at(config, tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_at(stop, patch)
@@ -58,30 +65,66 @@ def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(make_config, tmp_path
         for key in ("model", "optimizer", "random") if name == "last.pt" else ("model",):
             ours, theirs = (torch.utils._pytree.tree_leaves(c[key]) for c in (whole, stopped))
             assert len(ours) == len(theirs)
-            assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(ours, theirs)), (name, key)
+            assert all(
+                torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(ours, theirs)
+            ), (name, key)
         assert (whole["step"], whole["best"]) == (stopped["step"], stopped["best"])
-    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "stopped")  # each step once, the validations too
+    # each step once, the validations too
+    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "stopped")
     for name in ("test_predictions.jsonl", "test_metrics.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "stopped" / name
+        ).read_bytes()
 
 
 def test_run_writes_what_the_readme_says(make_config, tmp_path, capsys, monkeypatch):
     config = make_config("train.max_steps=3")
     metrics = train(config)
     folder = Path(config.train.output)
-    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "log.jsonl", "last.pt", "best.pt", "teacher.pt",
-                                                  "test_predictions.jsonl", "test_metrics.json"}
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.yaml",
+        "log.jsonl",
+        "last.pt",
+        "best.pt",
+        "teacher.pt",
+        "test_predictions.jsonl",
+        "test_metrics.json",
+    }
     assert parse_config(yaml.safe_load((folder / "config.yaml").read_text())) == config
     first, *lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert first["arguments"] == config.to_dict() and first["parameters"]["frozen"] > 0 and "torch" in first["versions"]
+    assert (
+        first["arguments"] == config.to_dict()
+        and first["parameters"]["frozen"] > 0
+        and "torch" in first["versions"]
+    )
     assert [line["step"] for line in lines] == [1, 2, 3, 3] and "val" in lines[-1]
     for line in lines[:3]:
-        assert line["total"] == pytest.approx(line["report"] + line["vse"] + line["did"], abs=1e-5)  # Eq. 8
-        assert min(line[key] for key in ("studies_per_second", "report_tokens_per_second", "peak_memory_gb", "gradient_norm")) > 0
-    rows = [json.loads(line) for line in (folder / "test_predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 5 and rows[0].keys() == {"id", "prediction", "reference", "reference_cut", "image_path", "visual_pca"}
+        # Eq. 8
+        assert line["total"] == pytest.approx(line["report"] + line["vse"] + line["did"], abs=1e-5)
+        assert (
+            min(
+                line[key]
+                for key in (
+                    "studies_per_second",
+                    "report_tokens_per_second",
+                    "peak_memory_gb",
+                    "gradient_norm",
+                )
+            )
+            > 0
+        )
+    rows = [
+        json.loads(line) for line in (folder / "test_predictions.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 5 and rows[0].keys() == {
+        "id", "prediction", "reference", "reference_cut", "image_path", "visual_pca"
+    }
     assert json.loads((folder / "test_metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    frozen = [name for name in read_checkpoint(folder / "last.pt")["model"] if name.startswith("llm.") and "lora_" not in name]
+    frozen = [
+        name
+        for name in read_checkpoint(folder / "last.pt")["model"]
+        if name.startswith("llm.") and "lora_" not in name
+    ]
     assert not frozen
     assert "5 studies" in capsys.readouterr().out
 
@@ -90,7 +133,9 @@ def test_weights_scale_the_terms(make_config, tmp_path):
     """Eq. 8 with other weights; the log holds the unweighted terms."""
     train(make_config("train.max_steps=1", "loss.vse_weight=0.5", "loss.did_weight=3"))
     line = steps_of(tmp_path / "run")[0]
-    assert line["total"] == pytest.approx(line["report"] + 0.5 * line["vse"] + 3 * line["did"], abs=1e-5)
+    assert line["total"] == pytest.approx(
+        line["report"] + 0.5 * line["vse"] + 3 * line["did"], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("settings", [(), ("train.recompute=true", "train.precision=bf16")])
@@ -112,7 +157,8 @@ def test_a_step_reads_back_once(make_config, monkeypatch, settings):
     monkeypatch.setattr(training, "on_device", begin)
     monkeypatch.setattr(training, "log_step", end)
     train(make_config(*settings))
-    places = [[place for place in step.places if place not in ("report_loss", "_check_ids")] for step in steps]
+    checks = ("report_loss", "_check_ids")
+    places = [[place for place in step.places if place not in checks] for step in steps]
     assert places == [["read_back"]] * 4
 
 
@@ -120,7 +166,10 @@ def test_cosine_lr_falls_from_lr_to_min_lr_per_step(make_config):
     settings = make_config().train
     values = [cosine_lr(step, 10, settings) for step in range(11)]
     assert values[0] == settings.lr and values[10] == pytest.approx(settings.min_lr)
-    assert values[5] == pytest.approx((settings.lr + settings.min_lr) / 2) and values == sorted(values, reverse=True)
+    assert (
+        values[5] == pytest.approx((settings.lr + settings.min_lr) / 2)
+        and values == sorted(values, reverse=True)
+    )
 
 
 def test_best_is_the_best_validation(make_config, tmp_path, monkeypatch):
@@ -138,8 +187,12 @@ def test_run_without_val_and_test_splits(make_config, data_root, tmp_path):
     (tmp_path / "annotation.json").write_text(json.dumps({"train": tree["train"]}))
     assert train(make_config(f"data.root={tmp_path}", "train.epochs=2")) is None
     assert read_checkpoint(tmp_path / "run/best.pt")["step"] == 8
-    (tmp_path / "annotation.json").write_text(json.dumps({"train": tree["train"], "val": tree["val"]}))
-    assert train(make_config(f"data.root={tmp_path}", f"train.output={tmp_path / 'other'}"))["n"] == 3
+    (tmp_path / "annotation.json").write_text(
+        json.dumps({"train": tree["train"], "val": tree["val"]})
+    )
+    assert (
+        train(make_config(f"data.root={tmp_path}", f"train.output={tmp_path / 'other'}"))["n"] == 3
+    )
     assert (tmp_path / "other/val_metrics.json").exists()
 
 
@@ -149,7 +202,8 @@ def test_nothing_is_overwritten_silently(make_config, capsys):
         train(make_config("train.max_steps=1"))
     with pytest.raises(ValueError, match="train.seed was 42, is 43"):
         train(make_config("train.max_steps=1", "train.seed=43"), resume=True)
-    train(make_config("train.max_steps=1", "train.save_every_steps=7"), resume=True)  # free to change
+    # free to change
+    train(make_config("train.max_steps=1", "train.save_every_steps=7"), resume=True)
 
 
 def test_resume_without_a_checkpoint_says_so(make_config, capsys):
@@ -161,7 +215,9 @@ def test_resume_from_what_is_no_last_checkpoint_is_one_line(make_config, tmp_pat
     config = make_config("train.max_steps=1")
     train(config)
     shutil.copy(tmp_path / "run/best.pt", tmp_path / "run/last.pt")
-    with pytest.raises(ValueError, match="last.pt: not a checkpoint of VDGen: it has no .*`optimizer`"):
+    with pytest.raises(
+        ValueError, match="last.pt: not a checkpoint of VDGen: it has no .*`optimizer`"
+    ):
         train(config, resume=True)
 
 
@@ -204,7 +260,8 @@ def tree_equal(a, b):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(make_config, tmp_path, monkeypatch):
-    """A finite loss whose gradient is not: no weight moves, no file is written, and the good last.pt stays."""
+    """A finite loss whose gradient is not: no weight moves, no file is written, and the good
+    last.pt stays."""
     class Steep(torch.autograd.Function):
         @staticmethod
         def forward(context, rows):
@@ -220,10 +277,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(make_config, tmp_path, mo
     def did(image, text, temperature, exact=__import__("losses").did_loss):
         return exact(Steep.apply(image) if len(steps) == 2 else image, text, temperature)
     monkeypatch.setattr("model.did_loss", did)
-    with pytest.raises(ValueError, match=r"step 3: the gradient is (nan|inf).*--resume: .*last.pt holds a step before"):
+    with pytest.raises(
+        ValueError,
+        match=r"step 3: the gradient is (nan|inf).*--resume: .*last.pt holds a step before",
+    ):
         train(config)
     stopped = read_checkpoint(tmp_path / "run/last.pt")
-    assert stopped["step"] == 2 and all(value.isfinite().all() for value in stopped["model"].values())
+    assert (
+        stopped["step"] == 2
+        and all(value.isfinite().all() for value in stopped["model"].values())
+    )
     monkeypatch.undo()
     train(at(config, tmp_path / "whole"))
     train(config, resume=True)
@@ -232,9 +295,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing(make_config, tmp_path, mo
 
 
 def test_the_log_says_which_term_moves_the_encoder(make_config, make_model, tmp_path, monkeypatch):
-    """pull_*: the norm of each weighted term's gradient at X^e, of that term and no other; did_top1."""
-    config = make_config("train.max_steps=1", "loss.vse_weight=0.5", "loss.did_weight=3", "loss.report_weight=2",
-                         "model.lora.dropout=0")
+    """pull_*: the norm of each weighted term's gradient at X^e, of that term and no other;
+    did_top1."""
+    config = make_config(
+        "train.max_steps=1",
+        "loss.vse_weight=0.5",
+        "loss.did_weight=3",
+        "loss.report_weight=2",
+        "model.lora.dropout=0",
+    )
     expected = {}
     forward = training.VDGen.forward
 
@@ -249,7 +318,8 @@ def test_the_log_says_which_term_moves_the_encoder(make_config, make_model, tmp_
     train(config)
     line = steps_of(tmp_path / "run")[0]
     assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    assert len({round(value, 6) for value in expected.values()}) == 4  # else the test would say little
+    # else the test would say little
+    assert len({round(value, 6) for value in expected.values()}) == 4
 
 
 def test_a_term_that_does_not_do_its_work_is_named(make_config, tmp_path):
@@ -258,7 +328,9 @@ def test_a_term_that_does_not_do_its_work_is_named(make_config, tmp_path):
     def advice_of(did, pull_vse, pull_did):
         with (tmp_path / "log.jsonl").open("w+") as file:
             lines = [{"arguments": {}}] + [{"step": i, "did": 9.0} for i in range(150)]
-            lines += [dict(step=i, did=did, pull_vse=pull_vse, pull_did=pull_did) for i in range(50)]
+            lines += [
+                dict(step=i, did=did, pull_vse=pull_vse, pull_did=pull_did) for i in range(50)
+            ]
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             return training.advice(file, config)
     assert advice_of(2.2, 1.0, 0.2) == []
@@ -273,7 +345,10 @@ def test_resume_with_what_helps_after_trouble(make_config, tmp_path, capsys):
     train(make_config(*changes), resume=True)
     assert "train.lr was 0.0001, is 0.01 from step 3 on" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert {"step": 2, "changed": {"train.lr": 0.01, "train.max_steps": 3, "train.weight_decay": 0.5}} in lines
+    assert {
+        "step": 2,
+        "changed": {"train.lr": 0.01, "train.max_steps": 3, "train.weight_decay": 0.5},
+    } in lines
     last = read_checkpoint(tmp_path / "run/last.pt")
     assert last["step"] == 3 and last["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
     with pytest.raises(ValueError, match="train.max_steps was 3, is 2"):
@@ -286,7 +361,9 @@ def test_a_checkpoint_of_the_old_temperature_is_one_line(make_config, tmp_path):
     last = read_checkpoint(tmp_path / "run/last.pt")
     last["config"]["loss"] = {"temperature": 0.07}
     torch.save(last, tmp_path / "run/last.pt")
-    with pytest.raises(ValueError, match="last.pt: loss.temperature: .* expected loss.vse_temperature"):
+    with pytest.raises(
+        ValueError, match="last.pt: loss.temperature: .* expected loss.vse_temperature"
+    ):
         train(config, resume=True)
 
 
@@ -300,13 +377,19 @@ def test_a_fault_in_the_loader_is_one_line(make_config, data_root, tmp_path, mon
     config = make_config(f"data.root={root}", f"data.num_workers={workers}")
     with pytest.raises(SystemExit) as ended:
         end_in_one_line(lambda: train(config))
-    assert str(ended.value) == f"error: image {path}: not a whole PNG or JPEG image (image file is truncated)"
+    assert str(ended.value) == (
+        f"error: image {path}: not a whole PNG or JPEG image (image file is truncated)"
+    )
 
 
 @pytest.mark.parametrize("error, line", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB.); lower train.batch_size"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "error: DataLoader worker (pid 7) is killed"),
-    (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"), (KeyboardInterrupt(), "130")])
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+     "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB.); "
+     "lower train.batch_size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+     "error: DataLoader worker (pid 7) is killed"),
+    (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
+    (KeyboardInterrupt(), "130")])
 def test_expected_faults_end_in_one_line(error, line):
     def main():
         raise error
@@ -328,13 +411,23 @@ def test_fewer_studies_than_a_batch(make_config):
 
 
 @pytest.mark.parametrize("script, arguments, words", [
-    ("train.py", ["--config", "configs/none.yaml"], "error: config configs/none.yaml: no such file"),
-    ("train.py", ["--config", "configs/demo.yaml", "--set", "train.lrate=1"], "the nearest known key is train.lr"),
-    ("train.py", ["--config", "configs/iu_xray.yaml", "--set", "data.root=/nowhere"], "error: data.root: there is no"),
+    ("train.py", ["--config", "configs/none.yaml"],
+     "error: config configs/none.yaml: no such file"),
+    ("train.py", ["--config", "configs/demo.yaml", "--set", "train.lrate=1"],
+     "the nearest known key is train.lr"),
+    ("train.py", ["--config", "configs/iu_xray.yaml", "--set", "data.root=/nowhere"],
+     "error: data.root: there is no"),
     ("evaluate.py", ["--checkpoint", "none.pt"], "error: checkpoint none.pt: no such file"),
-    ("evaluate.py", ["--predictions", "none.jsonl"], "error: --predictions none.jsonl: no such file"),
+    ("evaluate.py", ["--predictions", "none.jsonl"],
+     "error: --predictions none.jsonl: no such file"),
 ])
 def test_bad_input_gets_one_line(script, arguments, words, tmp_path):
     extra = ["--set", f"train.output={tmp_path}"] if script == "train.py" else []
-    done = subprocess.run([sys.executable, script, *arguments, *extra], capture_output=True, text=True)
-    assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    done = subprocess.run(
+        [sys.executable, script, *arguments, *extra], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1
+        and words in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    ), done.stderr
