@@ -90,14 +90,15 @@ def run(root: Path, name: str, steps: int, stop: int | None = None, resume=False
     real = training.cosine_lr
     with patch("train.load_model", random_model), patch("train.cosine_lr", rate), suppress(Stop):
         training.train(config, resume)
-    lines = (root / name / "log.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if "report" in line]
+    lines = map(json.loads, (root / name / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if "report" in line]
 
 
 def same_weights(root: Path, one: str, other: str) -> str:
     """Whether two last.pt hold the same weights and optimizer, to the bit."""
     a, b = (read_checkpoint(root / name / "last.pt") for name in (one, other))
-    pairs = [*zip(*(torch.utils._pytree.tree_leaves([c["model"], c["optimizer"]]) for c in (a, b)))]
+    leaves = [torch.utils._pytree.tree_leaves([c["model"], c["optimizer"]]) for c in (a, b)]
+    pairs = [*zip(*leaves)]
     differ = sum(not torch.equal(x, y) for x, y in pairs if torch.is_tensor(x))
     return "equal to the bit" if not differ else f"{differ} of {len(pairs)} tensors differ"
 
@@ -141,8 +142,8 @@ def benchmark_decoding(model: VDGen, attention: str, batch: int, rounds: int) ->
         seconds.append(time.perf_counter() - started)
     usual = median(seconds[1:])
     print(f"decoding {batch} studies, {attention}: {usual:.2f} s "
-          f"(the first time {seconds[0]:.2f} s), {batch * new / usual:.0f} report tokens/s, {1e3 * usual / new:.1f} ms a step; "
-          f"{memory()}", flush=True)
+          f"(the first time {seconds[0]:.2f} s), {batch * new / usual:.0f} report tokens/s, "
+          f"{1e3 * usual / new:.1f} ms a step; {memory()}", flush=True)
 
 
 def benchmark_gpu(options) -> None:
@@ -153,7 +154,8 @@ def benchmark_gpu(options) -> None:
     print(f"{card}, torch {torch.__version__}, bf16, the sizes of configs/iu_xray.yaml")
     backends = {"flash and efficient": False, "cuDNN": True}  # the first is what train.py takes
     with tempfile.TemporaryDirectory() as folder:
-        write_data(root := Path(folder))
+        root = Path(folder)
+        write_data(root)
         for attention, cudnn in backends.items():
             with attention_by(cudnn):
                 benchmark_steps(root, attention, peak)

@@ -72,8 +72,10 @@ class ReadBacks(TorchDispatchMode):
 
 def write_swin(folder: Path) -> None:
     torch.manual_seed(0)
-    SwinModel(SwinConfig(image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4],
-                         drop_path_rate=0.1)).save_pretrained(folder)
+    swin = SwinModel(SwinConfig(
+        image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4],
+        drop_path_rate=0.1))
+    swin.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(dict(
         image_processor_type="ViTImageProcessor", size=dict(height=32, width=32), resample=3,
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])))
@@ -84,17 +86,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(REPORTS, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+        vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def write_llama(folder: Path) -> None:
     torch.manual_seed(1)
     tokenizer = make_tokenizer()
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                                 tie_word_embeddings=True, initializer_range=0.2)).save_pretrained(folder)
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=True, initializer_range=0.2))
+    llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -115,8 +119,10 @@ def write_data(root: Path) -> Path:
             (root / "images" / name).mkdir(parents=True)
             paths = [f"{name}/{view}.png" for view in range(1 + number % 3)]
             for path in paths:
-                Image.fromarray(rng.integers(0, 256, (40, 36), dtype=np.uint8)).save(root / "images" / path)
-            tree[split].append(dict(id=name, report=REPORTS[number % len(REPORTS)], image_path=paths, split=split))
+                pixels = rng.integers(0, 256, (40, 36), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / "images" / path)
+            report = REPORTS[number % len(REPORTS)]
+            tree[split].append(dict(id=name, report=report, image_path=paths, split=split))
             number += 1
     (root / "annotation.json").write_text(json.dumps(tree))
     return root
@@ -173,19 +179,25 @@ def paper_model(*overrides: str, config=None, device: str = "meta") -> VDGen:
 
 
 def library_search(model, prompt: torch.Tensor, settings) -> torch.Tensor:
-    """The ids that transformers' `generate` writes behind a prompt, padded as `beam_search` pads them."""
+    """The ids that transformers' `generate` writes behind a prompt (B, P, D_h).
+
+    They are padded as `beam_search` pads them.
+    """
     options = GenerationConfig(
-        num_beams=settings.num_beams, repetition_penalty=settings.repetition_penalty, length_penalty=settings.length_penalty,
-        min_new_tokens=settings.min_new_tokens, max_new_tokens=settings.max_new_tokens, do_sample=False,
+        num_beams=settings.num_beams, repetition_penalty=settings.repetition_penalty,
+        length_penalty=settings.length_penalty, min_new_tokens=settings.min_new_tokens,
+        max_new_tokens=settings.max_new_tokens, do_sample=False,
         bos_token_id=model.bos_id, eos_token_id=model.eos_id, pad_token_id=model.eos_id)
-    ids = model.causal_lm.generate(inputs_embeds=prompt, attention_mask=torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device),
+    mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+    ids = model.causal_lm.generate(inputs_embeds=prompt, attention_mask=mask,
                                    generation_config=options)
-    return torch.nn.functional.pad(ids, (0, settings.max_new_tokens - ids.shape[1]), value=model.eos_id)
+    missing = settings.max_new_tokens - ids.shape[1]
+    return torch.nn.functional.pad(ids, (0, missing), value=model.eos_id)
 
 
 @pytest.fixture(autouse=True)
 def without_java(monkeypatch, request):
-    """METEOR loads its tables for seconds: only the tests that are about it (marked `java`) run it."""
+    """METEOR loads its tables for seconds: only the tests about it (marked `java`) run it."""
     if "java" not in request.keywords:
         monkeypatch.setattr("evaluate.shutil.which", lambda name: None)
 
@@ -196,7 +208,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def same_signal_handlers():
-    """`train` takes SIGINT and SIGTERM; a test that ends it by an exception gives them back here."""
+    """`train` takes SIGINT and SIGTERM; a test that ends it by an exception gives them back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
