@@ -25,7 +25,7 @@ NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", 
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A text under another name, then renamed: a stop or a full disk leaves the old one, or none."""
+    """A text under another name, then renamed: a stop or full disk leaves the old one, or none."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

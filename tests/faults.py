@@ -2,9 +2,10 @@
 
     python tests/faults.py [--runs 200] [--seed 0] [--only NUMBER]
 
-Each run meets the next of FAULTS, at a moment that its number and the seed fix, and is resumed. Then
-it equals an undisturbed run bit for bit (weights, optimizer, random state, logged steps, what it wrote
-of the test split), or it has ended in one line "error: ..." with all files whole. All else is broken.
+Each run meets the next of FAULTS, at a moment that its number and the seed fix, and is resumed.
+Then it equals an undisturbed run bit for bit (weights, optimizer, random state, logged steps, what
+it wrote of the test split), or it has ended in one line "error: ..." with all files whole. All else
+is broken.
 
 A moment is a line of this repository, or of torch.save, drawn at random, and which time it runs. The
 libraries are imported once: a run is a fork of this process.
@@ -153,7 +154,7 @@ def finite(text: str) -> None:
 
 
 def whole_files(folder: Path, killed: bool) -> str | None:
-    """What is wrong with the files of a run, if anything. One that was killed was writing a file."""
+    """What is wrong with the files of a run, if anything. A killed one was writing a file."""
     for path in sorted(folder.iterdir() if folder.exists() else ()):
         try:
             if path.suffix == ".pt":
@@ -277,7 +278,7 @@ def two_processes(case: Case) -> list[Ended]:
 
 
 def clock(case: Case) -> list[Ended]:
-    """Each third reading jumps, back or ahead by up to a year, or the clock stands still from then on."""
+    """Each third reading jumps, by up to a year either way, or the clock stands still from then on."""
     rng, still = random.Random(case.random.random()), case.random.random() < 0.3
     now, moved = time.time, 0.0
 
@@ -406,7 +407,8 @@ def campaign(root: Path, seed: int, numbers: list[int]) -> Counter:
         ending, why = judge(case, hurt)
         found[name, ending] += 1
         for ended in hurt:
-            how = "killed" if ended.code < 0 else {0: "went on", 143: "saved"}.get(ended.code, "line")
+            how = {0: "went on", 143: "saved"}.get(ended.code, "line")
+            how = "killed" if ended.code < 0 else how
             found[name, how] += 1
         if ending != "resumed":
             print(f"run {number}, {name}: {ending}: {why}", flush=True)

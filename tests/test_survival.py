@@ -251,7 +251,8 @@ def test_a_full_disk_leaves_the_results_before(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="cannot write .*test_metrics.json .No space left on device.; make room"):
+    words = "cannot write .*test_metrics.json .No space left on device.; make room"
+    with pytest.raises(OSError, match=words):
         report.write_whole(path, '{"n": 1}')
     assert path.read_bytes() == b"{}" and list(tmp_path.iterdir()) == [path]
 
@@ -259,7 +260,8 @@ def test_a_full_disk_leaves_the_results_before(tmp_path, monkeypatch):
 def test_a_full_disk_names_the_log():
     with open("/dev/full", "wb", buffering=0) as file:
         log = io.TextIOWrapper(file, write_through=True)
-        with pytest.raises(OSError, match="cannot write /dev/full .No space left on device.; make room, and go on with --resume"):
+        words = "cannot write /dev/full .No space left on device.; make room, and go on with --resume"
+        with pytest.raises(OSError, match=words):
             training.write_line(log, {"step": 1})
         log.detach()
 
@@ -270,9 +272,11 @@ def test_a_clock_that_stands_still_is_no_error(make_config, tmp_path, monkeypatc
     assert log_of(tmp_path / "run")[0]["step"] == 1
 
 
-@pytest.mark.skipif("VDGEN_SLOW" not in os.environ, reason="two runs for each of nine faults: VDGEN_SLOW=1 runs them")
+@pytest.mark.skipif("VDGEN_SLOW" not in os.environ,
+                    reason="two runs for each of nine faults: VDGEN_SLOW=1 runs them")
 def test_each_fault_once():
-    done = subprocess.run([sys.executable, "tests/faults.py", "--runs", "9"], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "tests/faults.py", "--runs", "9"], cwd=REPOSITORY,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
