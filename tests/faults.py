@@ -7,8 +7,8 @@ Then it equals an undisturbed run bit for bit (weights, optimizer, random state,
 it wrote of the test split), or it has ended in one line "error: ..." with all files whole. All else
 is broken.
 
-A moment is a line of this repository, or of torch.save, drawn at random, and which time it runs. The
-libraries are imported once: a run is a fork of this process.
+A moment is a line of this repository, or of torch.save, drawn at random, and which time it runs.
+The libraries are imported once: a run is a fork of this process.
 """
 import argparse
 import gc
@@ -278,7 +278,7 @@ def two_processes(case: Case) -> list[Ended]:
 
 
 def clock(case: Case) -> list[Ended]:
-    """Each third reading jumps, by up to a year either way, or the clock stands still from then on."""
+    """Each third reading jumps by up to a year, or the clock stands still from then on."""
     rng, still = random.Random(case.random.random()), case.random.random() < 0.3
     now, moved = time.time, 0.0
 
