@@ -32,6 +32,7 @@ from tqdm import tqdm
 import configs
 from configs.archives import SPLITS, leaves, open_image
 from configs.demo import build_demo
+from configs.findings import named_findings
 from configs.iu_xray import build_iu_xray
 from configs.mimic_cxr import annotate, build_mimic_cxr, read_annotation
 
@@ -252,41 +253,6 @@ def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(studies, generator=generator).tolist()
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]
-
-
-# Findings that a text names -----------------------------------------------------------------------
-
-# A clause ends with its sentence and before these words; not at the "with" of "consistent with".
-# In it, what follows a word of DENIED is not there ("clear airspace" lost its "of"), and nothing is
-# there beside a word of GONE.
-CLAUSE = re.compile(r"\.|\b(?:but|however|except|besides|aside|although|though|there|"
-                    r"(?<!consistent )(?<!compatible )with)\b")
-DENIED = re.compile(r"\b(?:no|not|without|free|negative|clear of|clear airspace|removal|resolution|"
-                    r"exclude|evaluation|obscure|subcutaneous emphysema|pericardial effusion)\b")
-GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|"
-                  r"(?:is|are|was|were) not (?:well-)?seen)\b")
-
-
-def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
-    """{finding: (side, extent)} that a cleaned text says are there, by phrases of findings.json.
-
-    These are regular expressions of whole words. A finding that is probable or possible counts as
-    named: in IU-Xray's reports the words that would tell it are often xxxx. Side and extent are
-    those of the first clause that names the finding; None where it tells none.
-    """
-    named = {}
-    for clause in CLAUSE.split(" ".join(text.split())):
-        said = "" if GONE.search(clause) else DENIED.split(clause)[0]
-        side, extent = (next(iter(_named(said, spec[key])), None) for key in ("sides", "extents"))
-        for finding in _named(said, spec["phrases"]):
-            named.setdefault(finding, (side, extent))
-    return named
-
-
-def _named(text: str, groups: dict[str, list[str]]) -> list[str]:
-    """The groups that have a phrase in the text."""
-    return [name for name, phrases in groups.items()
-            if re.search(rf"\b(?:{'|'.join(phrases)})\b", text)]
 
 
 IU_XRAY_FINDINGS = Path(configs.__file__).with_name("iu_xray_findings.json")  # no clinical labeller

@@ -31,9 +31,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs import Config, load_config, parse_config
+from configs.findings import named_findings
 from configs.report import write_page, write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  image_problem, named_findings, read_image, read_studies)
+                  image_problem, read_image, read_studies)
 from model import (CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks,
                    read_checkpoint)
 

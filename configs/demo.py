@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import PROMPT
+from configs.findings import named_findings
 
 DEMO_SEED, PIXELS, TOKENS = 7, 96, 36
 DEMO_SPLITS = {"train": 2400, "val": 100, "test": 300}
@@ -524,7 +525,6 @@ def coloured(text: str, other: str, spec: dict) -> list[tuple[str, str]]:
     What a phrase of `spec` (findings.json) reads as a finding, its side or its extent is AGREES if
     the other text says so too, else DIFFERS.
     """
-    from data import named_findings  # data.py imports this module
     theirs, words = named_findings(other, spec), []
     for sentence in text.removesuffix(" .").split(" . "):
         colours = {}
@@ -563,7 +563,6 @@ def draw_cases(run: Path, root: Path, target: Path) -> None:
         root: of the demo's data.
         target: a PNG. Each row tells how many of the studies with two findings are like it.
     """
-    from data import named_findings
     spec = json.loads((root / "findings.json").read_text(encoding="utf-8"))
     lines = (run / "test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
     groups: dict[int, list[dict]] = {2: [], 1: [], 0: []}
