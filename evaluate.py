@@ -523,7 +523,6 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
         label: from reports to the classes of CheXbert (`chexbert_labeller`); without it there is no
             `clinical`.
     """
-    notes: list[str] = []
     predictions = {row["id"]: row["prediction"] for row in rows}
     references = {row["id"]: row["reference"] for row in rows}
     constant = dict.fromkeys(predictions, best_constant(train_reports)) if train_reports else None
@@ -557,21 +556,28 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
     metrics["constant"] = tables(constant) if constant else None
     if constant:
         metrics["constant"]["text"] = next(iter(constant.values()))
+    metrics["paper"] = PAPER.get(config.data.dataset)
+    metrics["notes"] = []
     try:
         for (scores, _), value in zip(scored, meteor_1_5([pairs for _, pairs in scored])):
             scores["METEOR"] = value
     except RuntimeError as reason:
-        notes.append(f"METEOR: {reason}")
-    metrics["paper"] = PAPER.get(config.data.dataset)
+        metrics["notes"].append(f"METEOR: {reason}")
+    metrics["notes"] += _missing(metrics, config, split)
+    return metrics
+
+
+def _missing(metrics: dict, config: Config, split: str) -> list[str]:
+    """Why a row is not there, or does not compare."""
+    notes = []
     if metrics["paper"] and split != "test":
         notes.append(f"paper: its row is of the test split, these scores are of {split}")
-    if constant is None:
+    if metrics["constant"] is None:
         notes.append(f"constant: needs the training reports; there is no annotation in "
                      f"{config.data.root}")
-    if not cut:
+    if "cut_references" not in metrics:
         notes.append("cut_references: need the tokenizer of the LLM; the predictions hold none")
-    metrics["notes"] = notes
-    return metrics
+    return notes
 
 
 def print_metrics(metrics: dict, name: str) -> None:

@@ -478,6 +478,21 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+def finish_step(run: Run, told: int, signals: StopSignals) -> None:
+    """Save after every so many steps, end where a signal (`told`) asks, validate after an epoch."""
+    last_of_epoch = run.step % run.epoch_steps == 0 or run.step == run.steps
+    run.validated = not last_of_epoch
+    every = run.config.train.save_every_steps or run.steps
+    if told or last_of_epoch or run.step % every == 0:
+        save(run, "last.pt")
+    if told:
+        print(f"stopped at step {run.step}; --resume goes on from {run.folder / 'last.pt'}")
+        sys.exit(128 + told)
+    if last_of_epoch:
+        signals.stepping = False  # all is saved
+        validate_and_save(run)
+
+
 def evaluate_best(run: Run) -> dict | None:
     """The last act: best.pt on the test split when there is one, else on val."""
     run.log.close()
@@ -545,17 +560,8 @@ def train(config: Config, resume: bool = False) -> dict | None:
             seconds = max(time.perf_counter() - started, 1e-9)  # a clock may stand still
             log_step(run, values | {"lr": lr}, batch, seconds, bar)
 
-            # Save, stop, validate
-            last_of_epoch = run.step % run.epoch_steps == 0 or run.step == run.steps
-            run.validated = not last_of_epoch
-            if told or last_of_epoch or run.step % (settings.save_every_steps or run.steps) == 0:
-                save(run, "last.pt")
-            if told:
-                print(f"stopped at step {run.step}; --resume goes on from {run.folder / 'last.pt'}")
-                sys.exit(128 + told)
-            if last_of_epoch:
-                signals.stepping = False  # all is saved
-                validate_and_save(run)
+            # Save, stop, validate: where it is time
+            finish_step(run, told, signals)
             started = time.perf_counter()
     return evaluate_best(run)
 
