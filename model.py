@@ -62,10 +62,8 @@ class VDGen(nn.Module):
         self.vision = vision.requires_grad_()
         self.image_size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2 where any will do
         hidden = self.encoder_shape()
-        is_map = len(hidden) == 4
-        if is_map:
-            vision.to(memory_format=torch.channels_last)  # convolutions take a quarter less time
-        D, D_h = hidden[1 if is_map else 2], llm.config.hidden_size
+        D = hidden[1 if len(hidden) == 4 else 2]  # of a map, or of tokens
+        D_h = llm.config.hidden_size
         self.norm = nn.LayerNorm(D)
 
         # The heads: W1 of Sec. 3.2 (A4), W2 of Eq. 5; and X^e to the LLM's width (A7)
