@@ -59,7 +59,8 @@ class Ended:
 
     @property
     def one_line(self) -> bool:
-        lines = self.errors.strip().splitlines() or [""]
+        text = self.errors.replace("\x1b[A", "\n")  # a progress bar goes up a line when it leaves
+        lines = text.strip().splitlines() or [""]
         return self.code == 1 and lines[-1].startswith("error: ") and not self.noisy
 
     @property
