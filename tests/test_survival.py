@@ -260,7 +260,8 @@ def test_a_full_disk_leaves_the_results_before(tmp_path, monkeypatch):
 def test_a_full_disk_names_the_log():
     with open("/dev/full", "wb", buffering=0) as file:
         log = io.TextIOWrapper(file, write_through=True)
-        words = "cannot write /dev/full .No space left on device.; make room, and go on with --resume"
+        words = ("cannot write /dev/full .No space left on device.; make room, and go on with "
+                 "--resume")
         with pytest.raises(OSError, match=words):
             training.write_line(log, {"step": 1})
         log.detach()
