@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import random
-import re
 import shutil
 import subprocess
 import threading
@@ -873,8 +872,7 @@ def refuse_unused(args: argparse.Namespace) -> None:
     flags, keys = TAKES[mode]
     unused = [f"--{name}" for name, value in vars(args).items()
               if value and name not in ("checkpoint", "predictions", "set", *flags)]
-    unused += [f"--set {given}" for given in args.set
-               if not any(re.match(rf"{re.escape(key)}[.=]", given) for key in keys)]
+    unused += [f"--set {given}" for given in args.set if not given.startswith(tuple(keys))]
     if unused:
         taken = [f"--{name}" for name in flags] + [f"--set {key}" for key in keys]
         raise ValueError(f"{unused[0]}: of no use with {mode}; that takes {', '.join(taken)}")
