@@ -393,9 +393,9 @@ def require_finite(values: dict[str, float], run: Run) -> None:
         return
     what = "gradient" if bad.startswith(("gradient", "pull")) else f"{bad} loss"
     last = run.folder / "last.pt"
-    advice = f" with --resume: {last} holds a step before it" if last.exists() else ""
+    hint = f" with --resume: {last} holds a step before it" if last.exists() else ""
     raise ValueError(f"step {run.step + 1}: the {what} is {values[bad]}; try a lower train.lr"
-                     + advice)
+                     + hint)
 
 
 def log_step(run: Run, values: dict[str, float], batch: dict, seconds: float, bar: tqdm) -> None:
