@@ -35,6 +35,7 @@ from configs.demo import build_demo
 from configs.findings import named_findings
 from configs.iu_xray import build_iu_xray
 from configs.mimic_cxr import annotate, build_mimic_cxr, read_annotation
+from configs.report import write_whole
 
 # R2Gen's character class. By accident `:-\[` is a range: it also deletes <, =, >, @ and capitals,
 # and keeps - # $ (A15).
@@ -265,9 +266,7 @@ def add_findings(folder: Path) -> None:
         study.id: [dict(zip(("finding", "side", "extent"), (finding, *details)))
                    for finding, details in named_findings(study.report, spec).items()]
         for studies in read_studies(configs.Data(root=str(folder))).values() for study in studies}
-    unfinished = folder / "findings.unfinished"
-    unfinished.write_text(json.dumps(spec), encoding="utf-8")
-    unfinished.rename(folder / "findings.json")
+    write_whole(folder / "findings.json", json.dumps(spec))
     print(f"{folder / 'findings.json'}: what the reports name, by the phrases of "
           f"{IU_XRAY_FINDINGS.name}")
 
