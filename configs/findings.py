@@ -1,5 +1,6 @@
 """Findings that a text names, by the phrases of a findings.json: no clinical labeller."""
 import re
+from functools import cache
 
 # A clause ends with its sentence and before these words; not at the "with" of "consistent with".
 # In it, what follows a word of DENIED is not there ("clear airspace" lost its "of"), and nothing is
@@ -31,4 +32,9 @@ def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | N
 def _named(text: str, groups: dict[str, list[str]]) -> list[str]:
     """The groups that have a phrase in the text."""
     return [name for name, phrases in groups.items()
-            if re.search(rf"\b(?:{'|'.join(phrases)})\b", text)]
+            if _whole_words(tuple(phrases)).search(text)]
+
+
+@cache
+def _whole_words(phrases: tuple[str, ...]) -> re.Pattern:
+    return re.compile(rf"\b(?:{'|'.join(phrases)})\b")

@@ -5,12 +5,16 @@
 
 One logistic regression a finding, from h (the mean visual token of a study) to findings.json, is
 fitted on train. What the reports say stands in `<split>_predictions.jsonl` beside the checkpoint.
-Behind it: the DID loss and the share of images whose own report is the nearest of 16 (did_top1).
+Between the two stands the LLM: is a sentence that names a finding likelier where the finding is?
+Behind the table: the report loss with the visual tokens of the study and with another study's; the
+DID loss, and the share of images whose own report is the nearest of 16 (did_top1).
 """
 import argparse
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import load_config, parse_config  # noqa: E402
+from configs.findings import named_findings  # noqa: E402
 from data import (ReportDataset, Study, collate, end_in_one_line,  # noqa: E402
                   epoch_batches, read_studies)
 from evaluate import (best_constant, precision_recall_f1, read_findings,  # noqa: E402
@@ -34,22 +39,99 @@ from train import teacher_embeddings  # noqa: E402
 L2 = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of which cross-validation on train chooses
 FOLDS = 3
 FEW = 10  # studies: the AUC of fewer is mostly chance
+SENTENCES = 3  # of each finding, the commonest of train: what the LLM is asked for
 BATCH, SHUFFLES = 16, 20  # of DID: Sec. 4.1.2; every study is in as many batches, with other ones
 
 
 @torch.no_grad()
-def encode(model: VDGen, studies: list[Study]) -> Tensor:
-    """h of each study, in their order: (N, D) float32 on the CPU."""
+def visual_batches(model: VDGen, studies: list[Study], desc: str) -> Iterator[tuple[dict, Tensor]]:
+    """Batches of `collate`, whose studies stand in an order of its own, and their X^e (B, S, D)."""
     data, train = model.config.data, model.config.train
     dataset = ReportDataset(studies, data, model.image_size, model.tokenizer)
     loader = DataLoader(dataset, train.eval_batch_size, collate_fn=collate,
                         num_workers=data.num_workers)
-    rows = {}  # a batch has an order of its own
-    for batch in tqdm(loader, desc="encode", unit="batch", leave=False):
+    for batch in tqdm(loader, desc=desc, unit="batch", leave=False):
         with model.autocast():
-            tokens = model.encode(batch["images"].to(model.device), batch["view_counts"])
-        rows |= zip(batch["ids"], tokens.mean(dim=1).cpu())
+            visual_tokens = model.encode(batch["images"].to(model.device), batch["view_counts"])
+        yield batch, visual_tokens
+
+
+def encode(model: VDGen, studies: list[Study]) -> Tensor:
+    """h of each study, in their order: (N, D) float32 on the CPU."""
+    rows = {}
+    for batch, visual_tokens in visual_batches(model, studies, "encode"):
+        rows |= zip(batch["ids"], visual_tokens.mean(dim=1).cpu())
     return torch.stack([rows[study.id] for study in studies])
+
+
+def common_sentences(reports: Iterable[str], spec: dict) -> dict[str | None, list[str]]:
+    """For each finding the commonest sentences that name it and no other; None: those of none."""
+    counts = Counter(f"{sentence.strip()} ." for report in reports
+                     for sentence in report.split(" .") if sentence.strip())
+    found = {name: [] for name in (None, *spec["phrases"])}
+    for sentence, _ in counts.most_common():
+        named = list(named_findings(sentence, spec)) or [None]
+        if len(named) == 1 and len(found[named[0]]) < SENTENCES:
+            found[named[0]].append(sentence)
+    return found
+
+
+def begin_with(model: VDGen, visual_tokens: Tensor, sentences: list[list[int]]) -> Tensor:
+    """log p of each of K sentences of token ids at the start of the report: (B, K), in nats.
+
+    All of them stand in one row behind the prompt; a mask shows each the prompt and itself.
+    """
+    llm, device = model.causal_lm, model.device
+    prompt = model.embed_prompt(visual_tokens)
+    lengths = torch.tensor([len(ids) for ids in sentences], device=device)
+    ids = torch.tensor([i for sentence in sentences for i in sentence], device=device)
+    owner = torch.arange(len(sentences), device=device).repeat_interleave(lengths)
+    place = torch.cat([torch.arange(n, device=device) for n in lengths.tolist()])
+    P, T = prompt.shape[1], prompt.shape[1] + len(ids)
+    sees = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    sees[P:, P:] &= owner[:, None] == owner
+    mask = torch.zeros(1, 1, T, T, dtype=llm.dtype, device=device).masked_fill(~sees, -torch.inf)
+    positions = torch.cat([torch.arange(P, device=device), P + place])[None]
+    before = P - 1 + torch.arange(len(ids), device=device)  # the token that predicts each
+    before[place == 0] = P - 1
+    rows = []
+    for row in prompt:  # the logits of one study are K sentences times the vocabulary
+        inputs = torch.cat([row, llm.get_input_embeddings()(ids)])[None]
+        hidden = llm.model(None, mask, positions, None, inputs).last_hidden_state[0, before]
+        token = llm.get_output_embeddings()(hidden).float().log_softmax(dim=-1)
+        token = token.gather(1, ids[:, None])[:, 0]
+        rows.append(token.new_zeros(len(sentences)).index_add(0, owner, token))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def ask_llm(model: VDGen, studies: list[Study],
+            sentences: dict[str | None, list[str]]) -> tuple[Tensor, float, float]:
+    """What the LLM makes of X^e, whatever a beam search then writes.
+
+    Args: sentences: of `common_sentences`, with L findings.
+    Returns:
+        (N, L) log of how much likelier a report begins by a sentence that names the finding than by
+            one that names none; nan where there is no such sentence.
+        the report loss (Eq. 2, A10) with each study's own visual tokens, and with those of another
+            study of its batch.
+    """
+    groups = [model.tokenizer(group, add_special_tokens=False).input_ids if group else []
+              for group in sentences.values()]
+    rows, losses, count = {}, [0.0, 0.0], 0
+    for batch, visual_tokens in visual_batches(model, studies, "ask the LLM"):
+        report_ids, lengths = batch["report_ids"].to(model.device), batch["report_lengths"]
+        others = visual_tokens.roll(len(visual_tokens) // 2, dims=0)
+        with model.autocast():
+            said = begin_with(model, visual_tokens, sum(groups, [])).cpu()
+            for i, tokens in enumerate((visual_tokens, others)):
+                loss = model.report_term(tokens, report_ids, lengths)
+                losses[i] += loss.item() * sum(lengths)
+        none, *named = (part.logsumexp(dim=1) for part in said.split([*map(len, groups)], dim=1))
+        rows |= zip(batch["ids"], torch.stack(named, dim=1) - none[:, None])
+        count += sum(lengths)
+    ratios = torch.stack([rows[study.id] for study in studies])
+    return ratios.masked_fill(ratios.isinf(), torch.nan), losses[0] / count, losses[1] / count
 
 
 def fit(h: Tensor, true: Tensor, l2: float) -> tuple[Tensor, Tensor]:
@@ -75,7 +157,9 @@ def fit(h: Tensor, true: Tensor, l2: float) -> tuple[Tensor, Tensor]:
 
 def auc(scores: Tensor, true: Tensor) -> float:
     """The share of pairs, one study with the finding and one without, that the scores (N,) order
-    rightly; a tie counts half. nan without such a pair."""
+    rightly; a tie counts half. nan without such a pair, and for scores that are nan."""
+    if scores.isnan().any():
+        return math.nan
     present, absent = scores[true.bool(), None], scores[~true.bool()]
     return ((present > absent).double() + (present == absent).double() / 2).mean().item()
 
@@ -177,9 +261,12 @@ def compare(model: VDGen, splits: dict[str, list[Study]], split: str,
     scores = predict(train_h, train_true, h, l2)
     named = most_likely(scores, share).numpy()
     each = precision_recall_f1(named, true.bool().numpy(), names)["each"]
+    reports = [study.report for study in train]
+    llm, own, others = ask_llm(model, studies, common_sentences(reports, spec))
     columns = {"AUC of h": {name: auc(scores[:, i], true[:, i]) for i, name in enumerate(names)},
+               "AUC of LLM": {name: auc(llm[:, i], true[:, i]) for i, name in enumerate(names)},
                "F1 of h": {name: row["f1"] for name, row in each.items()}}
-    constant = best_constant([study.report for study in train])
+    constant = best_constant(reports)
     for title, texts in (("F1 of text", read_predictions(checkpoint, split)),
                          ("of constant", {study.id: constant for study in studies})):
         if texts:
@@ -189,6 +276,7 @@ def compare(model: VDGen, splits: dict[str, list[Study]], split: str,
     print(f"{checkpoint or config.model.vision}, {split}: {len(studies)} studies, regression on "
           f"{len(train)}, l2 {l2}")
     print_table(columns, {name: row["studies"] for name, row in each.items()})
+    print(f"report loss: {own:.3f} nats a token, with another study's visual tokens {others:.3f}")
     if checkpoint and model.did_head is not None and len(studies) >= BATCH:
         text_embed = embed_texts(model, train, studies, checkpoint.with_name("teacher.pt"))
         loss, nearest = did_in_batches(h, text_embed, config.loss.did_temperature)

@@ -42,6 +42,53 @@ def test_auc_equals_a_double_loop_with_ties():
              if t == 1 and u == 0]
     assert probe.auc(torch.tensor(scores), torch.tensor(true)) == pytest.approx(np.mean(pairs))
     assert math.isnan(probe.auc(torch.ones(3), torch.zeros(3)))
+    assert math.isnan(probe.auc(torch.full((2,), torch.nan), torch.tensor([0, 1])))
+
+
+def test_common_sentences_name_one_finding_each():
+    reports = ["the heart is large . no effusion .", "the heart is large . small effusion .",
+               "large heart and effusion . the lungs are clear . no effusion ."]
+    spec = {"phrases": {"cardiomegaly": ["heart is large", "large heart"], "effusion": ["effusion"],
+                        "hernia": ["hernia"]}, "sides": {}, "extents": {}}
+    assert probe.common_sentences(reports, spec) == {
+        None: ["no effusion .", "the lungs are clear ."], "cardiomegaly": ["the heart is large ."],
+        "effusion": ["small effusion ."], "hernia": []}
+
+
+def test_sentences_side_by_side_are_as_likely_as_each_alone(make_model):
+    model = make_model().eval()
+    studies = read_studies(model.config.data)["train"][:3]
+    reports = [study.report for study in studies]
+    ids = model.tokenizer(reports, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        for _, tokens in probe.visual_batches(model, studies, ""):
+            found = probe.begin_with(model, tokens, ids)
+            for i, sentence in enumerate(ids):
+                rows = torch.tensor([sentence])
+                alone = [-len(sentence) * model.report_term(one[None], rows, [len(sentence)])
+                         for one in tokens]
+                assert torch.allclose(found[:, i], torch.stack(alone), atol=1e-3)
+
+
+def test_ask_llm_reads_the_visual_tokens(make_model):
+    """An LLM taught one study's report prefers its sentence, for that study and for no other."""
+    model = make_model().train()
+    studies = read_studies(model.config.data)["train"][:2]
+    sentences = {None: [studies[0].report], "finding": [studies[1].report], "none": []}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(30):
+        for batch, tokens in probe.visual_batches(model, studies, ""):
+            with torch.enable_grad():
+                model.report_term(tokens, batch["report_ids"], batch["report_lengths"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ratios, own, others = probe.ask_llm(model.eval(), studies, sentences)
+    assert ratios[0, 0] < 0 < ratios[1, 0] and own < others
+    assert ratios[:, 1].isnan().all()
+    with torch.no_grad():
+        terms = [model.report_term(tokens, batch["report_ids"], batch["report_lengths"])
+                 for batch, tokens in probe.visual_batches(model, studies, "")]
+    assert own == pytest.approx(float(terms[0]), abs=1e-3)
 
 
 def test_fit_is_at_the_minimum_of_the_penalised_cross_entropy():
@@ -118,12 +165,13 @@ def test_the_probe_of_a_run(make_config, data_root, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", arguments)
     capsys.readouterr()
     probe.main()
-    header, titles, *rows, macro, _, did = capsys.readouterr().out.splitlines()
+    header, titles, *rows, macro, _, llm, did = capsys.readouterr().out.splitlines()
     assert "test: 5 studies, regression on 12" in header and titles.endswith("of chance")
     assert [row[:30].strip() for row in rows] == list(spec["phrases"])
     counts = {row[:30].strip(): int(row[30:38]) for row in rows}
     assert counts["cardiomegaly"] == 1 and counts["pneumothorax"] == 0
-    assert len(macro.split()) == 6 and "(chance 1.099), did_top1" in did
+    assert len(macro.split()) == 7 and "(chance 1.099), did_top1" in did
+    assert "with another study's visual tokens" in llm
     assert (tmp_path / "run/teacher.pt").read_bytes() == before
 
     (root / "findings.json").unlink()
