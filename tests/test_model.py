@@ -468,6 +468,22 @@ def test_recomputation_changes_nothing(make_model):
     assert kept[1] < 0.8 * kept[0]
 
 
+def test_fused_attention_is_called_only_where_its_causal_mask_is_right(monkeypatch):
+    """Its mask lets the first query see the first key only: right for all tokens, or for one."""
+    called = []
+
+    def fused(query, key, value, **options):
+        called.append((query.shape[2], options["is_causal"]))
+        return query
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    key, value = torch.empty(2, 3, 2, 5, 8, device="meta").unbind()
+    for N in (1, 3, 5):
+        query = torch.empty(3, 4, N, 8, device="meta")
+        heads, _ = grouped_attention(torch.nn.Module(), query, key, value, None, 1.0)
+        assert heads.shape == (3, N, 4, 8)
+    assert called == [(1, False), (5, True)]
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_grouped_attention_equals_a_plain_one(masked):
     """Two query heads to a key-value head; a mask of each study's own, or none: causal; gradients.
