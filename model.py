@@ -305,7 +305,7 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
         heads = fused(query.reshape(B, Hkv, -1, d), key, value, mask, **options).view(B, H, N, d)
     elif query.device.type != "cpu" and N in (1, T):  # its causal mask begins at the first key
         heads = fused(query, key, value, is_causal=N > 1, enable_gqa=H != Hkv, **options)
-    else:  # on a CPU fused takes 2 to 3 times as long for bfloat16 and its gradients
+    else:  # a CPU, too: there fused takes 2 to 3 times as long for bfloat16 and its gradients
         scores = query.reshape(B, Hkv, -1, d) @ key.transpose(2, 3) * scaling
         scores = scores.view(B, H, N, T)
         scores = scores + scores.new_full((N, T), -torch.inf).triu(1 + T - N)

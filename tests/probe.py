@@ -98,9 +98,9 @@ def begin_with(model: VDGen, visual_tokens: Tensor, sentences: list[list[int]]) 
     for row in prompt:  # the logits of one study are K sentences times the vocabulary
         inputs = torch.cat([row, llm.get_input_embeddings()(ids)])[None]
         hidden = llm.model(None, mask, positions, None, inputs).last_hidden_state[0, before]
-        token = llm.get_output_embeddings()(hidden).float().log_softmax(dim=-1)
-        token = token.gather(1, ids[:, None])[:, 0]
-        rows.append(token.new_zeros(len(sentences)).index_add(0, owner, token))
+        logits = llm.get_output_embeddings()(hidden).float()
+        log_p = -F.cross_entropy(logits, ids, reduction="none")
+        rows.append(log_p.new_zeros(len(sentences)).index_add(0, owner, log_p))
     return torch.stack(rows)
 
 

@@ -211,7 +211,7 @@ def test_losses_refuse(call, words):
 
 
 def test_own_report_nearest_asks_each_image():
-    """By cosine, of the rows that are longest too; and it is not the same asked from the reports."""
+    """By cosine, of the longest rows too; and it is not the same when the reports ask."""
     image, text = rows(16, seed=1), rows(16, seed=1) + rows(16, seed=2)
     text = text * torch.arange(1, 17)[:, None]
     by_image, by_text = [], []

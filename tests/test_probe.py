@@ -71,7 +71,7 @@ def test_sentences_side_by_side_are_as_likely_as_each_alone(make_model):
 
 
 def test_ask_llm_reads_the_visual_tokens(make_model):
-    """An LLM taught one study's report prefers its sentence, for that study and for no other."""
+    """An LLM that was taught two studies begins each by its own report, not by the other's."""
     model = make_model().train()
     studies = read_studies(model.config.data)["train"][:2]
     sentences = {None: [studies[0].report], "finding": [studies[1].report], "none": []}
