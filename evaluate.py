@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs import Config, load_config, parse_config
-from configs.findings import named_findings
+from configs.findings import named_findings, named_in_each
 from configs.report import write_page, write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
                   image_problem, read_image, read_studies)
@@ -317,7 +317,7 @@ def score_findings(predictions: dict[str, str], spec: dict) -> dict:
     long tail, Sec. 1). `side` and `extent` are apart: the share named right, of the findings that
     are there, were named, and have one.
     """
-    named = [named_findings(text, spec) for text in predictions.values()]
+    named = named_in_each(predictions.values(), spec)
     true = [{f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][name]}
             for name in predictions]
     labels = list(spec["phrases"])
@@ -349,7 +349,7 @@ def study_statistics(predictions: dict[str, str], references: dict[str, str],
     texts = [predictions[name] for name in references]
     parts = {"text": text_statistics(list(zip(texts, references.values())))}
     if spec:
-        named = [named_findings(text, spec) for text in texts]
+        named = named_in_each(texts, spec)
         true = [{found["finding"] for found in spec["studies"][name]} for name in references]
         matrices = (np.array([[finding in row for finding in spec["phrases"]] for row in rows])
                     for rows in (named, true))

@@ -1,5 +1,6 @@
 """Findings that a text names, by the phrases of a findings.json: no clinical labeller."""
 import re
+from collections.abc import Iterable
 from functools import cache
 
 # A clause ends with its sentence and before these words; not at the "with" of "consistent with".
@@ -27,6 +28,13 @@ def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | N
         for finding in _named(said, spec["phrases"]):
             named.setdefault(finding, (side, extent))
     return named
+
+
+def named_in_each(texts: Iterable[str], spec: dict) -> list[dict]:
+    """`named_findings` of each text; equal texts, as of a constant report, are read once."""
+    texts = list(texts)
+    read = {text: named_findings(text, spec) for text in set(texts)}
+    return [read[text] for text in texts]
 
 
 def _named(text: str, groups: dict[str, list[str]]) -> list[str]:

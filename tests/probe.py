@@ -4,7 +4,9 @@
     python tests/probe.py --config configs/iu_xray_small.yaml [--set ...]    # before any training
 
 One logistic regression a finding, from h (the mean visual token of a study) to findings.json, is
-fitted on train. What the reports say stands in `<split>_predictions.jsonl` beside the checkpoint.
+fitted on train: "F1 of h" names a finding as often as train does, "F1 at P > 1/2" where h makes it
+likelier than not, as a search for the likeliest report would. What the reports say stands in
+`<split>_predictions.jsonl` beside the checkpoint.
 Between the two stands the LLM: is a sentence that names a finding likelier where the finding is?
 Behind the table: the report loss with the visual tokens of the study and with another study's; the
 DID loss, and the share of images whose own report is the nearest of 16 (did_top1).
@@ -165,7 +167,7 @@ def auc(scores: Tensor, true: Tensor) -> float:
 
 
 def predict(train_h: Tensor, train_true: Tensor, h: Tensor, l2: float) -> Tensor:
-    """Scores (n, L) of h (n, D), by a regression on train; h standardised over train."""
+    """Log odds (n, L) at h (n, D), by a regression on train; h standardised over train."""
     mean, deviation = train_h.mean(dim=0), train_h.std(dim=0).clamp(min=1e-6)
     weight, bias = fit((train_h - mean) / deviation, train_true, l2)
     return (h - mean) / deviation @ weight + bias
@@ -259,13 +261,15 @@ def compare(model: VDGen, splits: dict[str, list[Study]], split: str,
     train_true, true = matrix(train, spec), matrix(studies, spec)
     l2, share = choose_l2(train_h, train_true), train_true.mean(dim=0)
     scores = predict(train_h, train_true, h, l2)
-    named = most_likely(scores, share).numpy()
-    each = precision_recall_f1(named, true.bool().numpy(), names)["each"]
+
+    def f1(named: Tensor) -> dict[str, float]:
+        each = precision_recall_f1(named.numpy(), true.bool().numpy(), names)["each"]
+        return {name: row["f1"] for name, row in each.items()}
     reports = [study.report for study in train]
     llm, own, others = ask_llm(model, studies, common_sentences(reports, spec))
     columns = {"AUC of h": {name: auc(scores[:, i], true[:, i]) for i, name in enumerate(names)},
                "AUC of LLM": {name: auc(llm[:, i], true[:, i]) for i, name in enumerate(names)},
-               "F1 of h": {name: row["f1"] for name, row in each.items()}}
+               "F1 of h": f1(most_likely(scores, share)), "F1 at P > 1/2": f1(scores > 0)}
     constant = best_constant(reports)
     for title, texts in (("F1 of text", read_predictions(checkpoint, split)),
                          ("of constant", {study.id: constant for study in studies})):
@@ -275,7 +279,7 @@ def compare(model: VDGen, splits: dict[str, list[Study]], split: str,
     columns["of chance"] = dict(zip(names, share.tolist()))  # named at random, as often as in train
     print(f"{checkpoint or config.model.vision}, {split}: {len(studies)} studies, regression on "
           f"{len(train)}, l2 {l2}")
-    print_table(columns, {name: row["studies"] for name, row in each.items()})
+    print_table(columns, dict(zip(names, true.sum(dim=0).int().tolist())))
     print(f"report loss: {own:.3f} nats a token, with another study's visual tokens {others:.3f}")
     if checkpoint and model.did_head is not None and len(studies) >= BATCH:
         text_embed = embed_texts(model, train, studies, checkpoint.with_name("teacher.pt"))

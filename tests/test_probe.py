@@ -110,6 +110,8 @@ def test_the_probe_finds_what_is_there_in_any_units():
     assert l2 == min(probe.L2)  # nothing but signal: the weakest penalty
     scores = probe.predict(train_h, train_true, h, l2)
     assert all(probe.auc(scores[:, i], true[:, i]) > 0.98 for i in range(3))
+    odds = probe.predict(train_h, train_true, train_h, l2)  # log odds: their mean P is the share
+    assert torch.allclose(odds.sigmoid().mean(dim=0), train_true.mean(dim=0), atol=1e-3)
     noise = torch.rand(200, 3, generator=torch.Generator().manual_seed(1)).round()
     assert all(abs(probe.auc(scores[:, i], noise[:, i]) - 0.5) < 0.12 for i in range(3))
 
@@ -170,7 +172,7 @@ def test_the_probe_of_a_run(make_config, data_root, tmp_path, monkeypatch, capsy
     assert [row[:30].strip() for row in rows] == list(spec["phrases"])
     counts = {row[:30].strip(): int(row[30:38]) for row in rows}
     assert counts["cardiomegaly"] == 1 and counts["pneumothorax"] == 0
-    assert len(macro.split()) == 7 and "(chance 1.099), did_top1" in did
+    assert len(macro.split()) == 8 and "(chance 1.099), did_top1" in did
     assert "with another study's visual tokens" in llm
     assert (tmp_path / "run/teacher.pt").read_bytes() == before
 
