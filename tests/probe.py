@@ -5,8 +5,8 @@
 
 One logistic regression a finding, from h (the mean visual token of a study) to findings.json, is
 fitted on train: "F1 of h" names a finding as often as train does, "F1 at P > 1/2" where h makes it
-likelier than not, as a search for the likeliest report would. What the reports say stands in
-`<split>_predictions.jsonl` beside the checkpoint.
+likelier than not (a weaker penalty is surer of itself, and names more). What the reports say stands
+in `<split>_predictions.jsonl` beside the checkpoint.
 Between the two stands the LLM: is a sentence that names a finding likelier where the finding is?
 Behind the table: the report loss with the visual tokens of the study and with another study's; the
 DID loss, and the share of images whose own report is the nearest of 16 (did_top1).

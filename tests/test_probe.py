@@ -176,6 +176,13 @@ def test_the_probe_of_a_run(make_config, data_root, tmp_path, monkeypatch, capsy
     assert "with another study's visual tokens" in llm
     assert (tmp_path / "run/teacher.pt").read_bytes() == before
 
+    true = probe.matrix(read_studies(config.data)["test"], spec)  # a regression that is right
+    monkeypatch.setattr(probe, "choose_l2", lambda h, true: 1.0)
+    monkeypatch.setattr(probe, "predict", lambda *_: true - 0.5)
+    probe.main()
+    row = next(line for line in capsys.readouterr().out.splitlines() if "cardiomegaly" in line)
+    assert row.split()[2] == row.split()[5] == "1.000"  # AUC, F1 at P > 1/2
+
     (root / "findings.json").unlink()
     with pytest.raises(ValueError, match="no findings.json in .*data.py iu_xray. adds it"):
         probe.main()
