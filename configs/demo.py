@@ -8,8 +8,12 @@ Nothing behind data.py knows that it is a demo.
 """
 import argparse
 import json
+import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,25 +175,25 @@ class Film:
     def draw_effusion(self, lung: Lung) -> None:
         outer = (self.x - lung.cx) / lung.width * (1 if self.lateral else lung.side)
         meniscus = .35 + .65 * np.clip(outer + .3, 0, 1.3) ** 2
-        level = self.floor + .015 - self.by_extent("effusion", (.06, .14, .25)) * meniscus
+        level = self.floor + .015 - self.by_extent("effusion", (.10, .17, .26)) * meniscus
         self.light += lung.cavity * soft(level - self.y, .03) * (.62 - self.light) * .9
 
     def draw_pneumothorax(self, lung: Lung) -> None:
         """Black around a smaller lung, and that lung's edge; in the upper part only."""
         _, _, side, _, air = lung
-        shrink = self.by_extent("pneumothorax", (.10, .16, .24)) * (.6 if self.lateral else 1)
+        shrink = self.by_extent("pneumothorax", (.16, .22, .30)) * (.6 if self.lateral else 1)
         across = self.x - lung.cx + side * lung.width * shrink * .7
         across = across / (lung.width * (1 - shrink * .6))
         along = (self.y - .5 - .38 * shrink) / ((.5 - self.top) * (1 - shrink))
         d, upper = np.hypot(across, along) - 1, soft(self.y - .62)
-        self.light += air * soft(-d * .15, .01) * upper * (.10 - self.light) * .85
-        self.light += .22 * air * soft(np.abs(d) * .15 - .005, .01) * upper
+        self.light += air * soft(-d * .15, .01) * upper * (.04 - self.light) * .95
+        self.light += .35 * air * soft(np.abs(d) * .15 - .005, .01) * upper
 
     def draw_edema(self, lung: Lung) -> None:
         across, along = (self.x - lung.cx + lung.side * .06) / .13, (self.y - .48) / .16
         haze = np.exp(-across ** 2 - along ** 2)
         grain = 1 + .2 * self.rng.standard_normal(self.x.shape)
-        self.light += self.by_extent("edema", (.14, .22, .32)) * lung.air * haze * grain
+        self.light += self.by_extent("edema", (.22, .30, .40)) * lung.air * haze * grain
 
     def draw_atelectasis(self, lung: Lung) -> None:
         """One or two plates over the diaphragm."""
@@ -201,9 +205,9 @@ class Film:
 
     def draw_fracture(self, side: int) -> None:
         fx, fy = .5 + side * .29, .237 + .085 * int(1 + 4 * self.body[9])
-        rib = self.stroke(fx - .025, fy - .025 * side, fx + .025, fy + .005 * side, .012, .02)
-        self.light += .50 * rib
-        self.light -= .35 * self.stroke(fx - .012, fy + .03, fx + .012, fy - .03, .004)
+        rib = self.stroke(fx - .04, fy - .04 * side, fx + .04, fy + .01 * side, .018, .02)
+        self.light += .70 * rib
+        self.light -= .60 * self.stroke(fx - .015, fy + .04, fx + .015, fy - .04, .006)
 
     def draw_findings_of(self, lung: Lung) -> None:
         if self.has("effusion", lung.side):
@@ -245,22 +249,22 @@ class Film:
     def draw_lesions(self) -> None:
         if self.has("opacity"):
             cx, cy = self.spot("opacity", 11)
-            r = self.by_extent("opacity", (.04, .065, .095))
+            r = self.by_extent("opacity", (.055, .075, .10))
             along = (self.y - cy) / r / (.8 + .4 * self.body[14])
             haze = np.exp(-np.hypot((self.x - cx) / r, along) ** 2.5)
-            self.light += .36 * haze * (1 + .25 * self.rng.standard_normal(self.x.shape))
+            self.light += .45 * haze * (1 + .25 * self.rng.standard_normal(self.x.shape))
         if self.has("nodule"):
-            r = self.by_extent("nodule", (.026, .036, .050))
-            self.light += .42 * self.ellipse(*self.spot("nodule", 15), r, r, .015)
+            r = self.by_extent("nodule", (.034, .044, .056))
+            self.light += .60 * self.ellipse(*self.spot("nodule", 15), r, r, .015)
         if self.has("granuloma"):
-            self.light += .80 * self.ellipse(*self.spot("granuloma", 18), .018, .018, .012)
+            self.light += 1.0 * self.ellipse(*self.spot("granuloma", 18), .022, .022, .012)
 
     def draw_pacemaker(self) -> None:
         """A box and the lead to the heart's tip."""
         px = .26
         if not self.lateral:
             px = .5 + self.sign("pacemaker") * (.24 + .05 * self.body[21])
-        box = soft(np.maximum(np.abs(self.x - px) - .04, np.abs(self.y - .22) - .03))
+        box = soft(np.maximum(np.abs(self.x - px) - .05, np.abs(self.y - .22) - .04))
         upper = self.stroke(px, .22, .5, .38, .006)
         lower = self.stroke(.5, .38, .40 if self.lateral else .53, .64, .006)
         for strength, metal in ((.98, box), (.85, upper), (.85, lower)):
@@ -393,7 +397,7 @@ def pretrain_swin(folder: Path, steps: int, batch: int = 32) -> None:
     torch.manual_seed(DEMO_SEED)
     generator = torch.Generator().manual_seed(DEMO_SEED)
     swin = SwinModel(SwinConfig(
-        image_size=PIXELS, patch_size=4, embed_dim=48, depths=[1, 1, 2], num_heads=[2, 4, 6],
+        image_size=PIXELS, patch_size=4, embed_dim=32, depths=[1, 1, 2], num_heads=[2, 4, 8],
         window_size=6, use_absolute_embeddings=True, drop_path_rate=0.0, initializer_range=.06,
         attn_implementation="eager"),  # on a CPU the fused attention's bfloat16 gradient is slow
         add_pooling_layer=False)
@@ -488,6 +492,29 @@ def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32
     llama.save_pretrained(folder)
 
 
+def begin_worker(threads: int) -> None:
+    """Of a process that pretrains: its threads, and its end where the one that waits is killed."""
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # another process may be building by now
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def pretrain_both(folder: Path, reports: list[str], swin_steps: int, llama_steps: int) -> None:
+    """The folders swin and llama, made side by side by two processes.
+
+    Each has half of the threads: on two cores one, so that the bytes are those of one thread.
+    """
+    threads = max(1, torch.get_num_threads() // 2)
+    context = multiprocessing.get_context("spawn")  # a forked OpenMP may hang
+    with ProcessPoolExecutor(2, context, begin_worker, (threads,)) as pool:
+        jobs = [pool.submit(pretrain_swin, folder / "swin", swin_steps),
+                pool.submit(pretrain_llama, folder / "llama", reports, llama_steps)]
+        for job in jobs:
+            job.result()
+
+
 def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] = DEMO_SPLITS,
                swin_steps: int = 900, llama_steps: int = 500) -> None:
     """Write the demo: a data root in R2Gen's format, and the folders swin and llama in it.
@@ -498,11 +525,9 @@ def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] 
     """
     building = root.with_name(root.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
-    with torch.random.fork_rng():
-        annotation, truth = draw_studies(building, studies)
-        pretrain_swin(building / "swin", swin_steps)
-        reports = [clean(study["report"]) for study in annotation["train"]]
-        pretrain_llama(building / "llama", reports, llama_steps)
+    annotation, truth = draw_studies(building, studies)
+    reports = [clean(study["report"]) for study in annotation["train"]]
+    pretrain_both(building, reports, swin_steps, llama_steps)
     phrases = {name: spec["phrases"] for name, spec in DEMO_FINDINGS.items()}
     sides = {side: [side] for side in ("left", "right")}
     sizes_and_grades = zip(*DEMO_REPORTS["extents"].values())

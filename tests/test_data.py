@@ -303,7 +303,7 @@ def test_demo_is_deterministic_and_ordinary(tmp_path, capsys):
         )
     )
     view = read_image(tmp_path / "a/images" / splits["test"][0].image_paths[0], model.image_size)
-    assert model.encode(view[None], [1]).shape == (1, TOKENS, 192)
+    assert model.encode(view[None], [1]).shape == (1, TOKENS, 128)
 
 
 BUILDER = """
@@ -314,7 +314,7 @@ import data
 from configs import Data, demo
 root = Path(sys.argv[1])
 data.build_demo = partial(data.build_demo, studies=dict(train=20, val=3, test=3))
-demo.pretrain_swin = demo.pretrain_llama = lambda folder, *_: folder.mkdir()
+demo.pretrain_both = lambda *_: None
 (root.parent / sys.argv[2]).touch()
 while len(list(root.parent.glob("ready*"))) < 2:
     time.sleep(.01)
@@ -340,6 +340,33 @@ def test_one_of_two_processes_builds_the_demo(tmp_path, killed):
     assert ("drawing the demo" in rest[builds.index(False)]) == killed
     assert {p.name for p in tmp_path.iterdir()} == {"demo", "ready0", "ready1"}
     assert len(read_studies(Data(root=str(root), dataset="demo"))["train"]) == 20
+
+
+def test_demo_fails_as_its_pretraining_does(tmp_path):
+    """Eight reports fill no batch of 32: the error of the process that meets it, and no demo."""
+    studies = dict(train=8, val=1, test=1)
+    with pytest.raises(ValueError, match="sample than population"):
+        build_demo(tmp_path / "demo", clean_iu_xray, studies, swin_steps=3, llama_steps=3)
+    assert not (tmp_path / "demo").exists()
+
+
+LONG_BUILD = """
+import sys
+from pathlib import Path
+from configs.demo import build_demo
+from data import clean_iu_xray
+build_demo(Path(sys.argv[1]), clean_iu_xray, dict(train=40, val=1, test=1), 3, 10 ** 6)
+"""
+
+
+def test_a_killed_build_leaves_no_process_behind(tmp_path):
+    """The pretraining would else write into the folder of the next build; it holds the pipe."""
+    build = subprocess.Popen([sys.executable, "-c", LONG_BUILD, tmp_path / "demo"], text=True,
+                             cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE)
+    while "pretraining the Llama" not in build.stderr.readline(200):
+        assert build.poll() is None
+    build.kill()
+    build.communicate(timeout=60)
 
 
 def test_demo_reports_name_just_the_findings_of_their_study(tmp_path):
