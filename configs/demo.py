@@ -581,7 +581,9 @@ def write_words(draw: ImageDraw.ImageDraw, words: list[tuple[str, str]], x: int,
 
 
 def draw_cases(run: Path, root: Path, target: Path) -> None:
-    """Test studies with two views and two findings: the first whose report names both, one, none.
+    """Test studies with two findings: the first whose report names both, one, none of them.
+
+    One with two views if there is any.
 
     Args:
         run: holds test_predictions.jsonl, as training leaves it.
@@ -601,7 +603,8 @@ def draw_cases(run: Path, root: Path, target: Path) -> None:
     canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(22)
     for i, (named, rows) in enumerate(groups.items()):
-        row = next((row for row in rows if len(row["image_path"]) == 2), None)
+        two_views = (row for row in rows if len(row["image_path"]) == 2)
+        row = next(two_views, rows[0] if rows else None)
         y = i * height + MARGIN
         title = ("Neither", "One", "Both")[named] + " of two findings named: "
         title += f"{len(rows)} of {total} studies" + (f", such as {row['id']}" if row else "")

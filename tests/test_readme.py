@@ -209,3 +209,9 @@ def test_the_picture_is_drawn_from_a_run(tmp_path):
         films = picture.convert("L").histogram()[130]
     assert {AGREES, DIFFERS, PLAIN, "#ffffff"} <= colours
     assert films == pytest.approx(2 * 2 * 288 * 288, rel=0.01)  # two rows of two views
+    one_view = [row | {"image_path": row["image_path"][:1]} for row in rows]
+    (tmp_path / "test_predictions.jsonl").write_text("\n".join(map(json.dumps, one_view)))
+    draw_cases(tmp_path, tmp_path, tmp_path / "cases.png")
+    with Image.open(tmp_path / "cases.png") as picture:
+        films = picture.convert("L").histogram()[130]
+    assert films == pytest.approx(2 * 288 * 288, rel=0.01)  # better one view than none
