@@ -257,7 +257,7 @@ class Film:
             r = self.by_extent("nodule", (.034, .044, .056))
             self.light += .60 * self.ellipse(*self.spot("nodule", 15), r, r, .015)
         if self.has("granuloma"):
-            self.light += 1.0 * self.ellipse(*self.spot("granuloma", 18), .022, .022, .012)
+            self.light += self.ellipse(*self.spot("granuloma", 18), .022, .022, .012)
 
     def draw_pacemaker(self) -> None:
         """A box and the lead to the heart's tip."""
