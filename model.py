@@ -70,7 +70,7 @@ class VDGen(nn.Module):
         D_z, D_t = config.model.vse_expansion * D, teacher_width or D_h
         self.vse_head = nn.Linear(D, D_z) if config.loss.vse_weight else None
         self.did_head = nn.Linear(D_t, D) if config.loss.did_weight else None
-        self.visual_projection = nn.Linear(D, D_h)
+        self.visual_projection = visual_projection(D, llm.get_input_embeddings().weight)
 
         # Sec. 3.4: the LLM, frozen, with LoRA (Sec. 4.1.2, A12; none: A18)
         llm.requires_grad_(False)
@@ -248,6 +248,21 @@ class VDGen(nn.Module):
         if damaged:
             raise ValueError(f"checkpoint: {damaged[0]} holds values that are not finite")
         self.load_state_dict(state, strict=False)
+
+
+def visual_projection(D: int, words: Tensor) -> nn.Linear:
+    """A7: from X^e, whose deviation is 1, to the LLM's width; it begins at the scale of its words.
+
+    PyTorch's default would begin with a deviation of 3**-0.5, which is 4 times that of the words of
+    SmolLM2-135M: an LLM has never read tokens of that size.
+
+    Args: words: (vocabulary, D_h), the LLM's input embeddings.
+    """
+    projection = nn.Linear(D, words.shape[1])
+    with torch.no_grad():
+        projection.weight *= 3**0.5 * words.float().std()
+        projection.bias.zero_()
+    return projection
 
 
 def load_model(config: Config) -> VDGen:

@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 from configs import PROMPT, Generate
 from conftest import REPORTS, ReadBacks, library_search, paper_model
 from losses import did_loss, vse_loss
-from model import Teacher, beam_search, embed_reports, grouped_attention, read_checkpoint
+from model import (Teacher, beam_search, embed_reports, grouped_attention, read_checkpoint,
+                   visual_projection)
 
 
 def make_batch(model, reports=REPORTS[:4], views=(2, 1, 3, 1), seed=0):
@@ -99,6 +100,16 @@ def test_prompt_is_that_of_section_3_4(make_model):
         prompt[1, len(before) : -len(after)], model.visual_projection(visual_tokens)[1]
     )
     assert torch.equal(prompt[1, -len(after):], embed(torch.tensor(after)))
+
+
+def test_visual_tokens_begin_at_the_scale_of_words(make_model):
+    """A7, whatever that scale is: an LLM has never read tokens of another."""
+    model, words = make_model(), torch.randn(300, 32) * 0.07
+    own = model.causal_lm.get_input_embeddings().weight
+    begun = [(visual_projection(32, words.bfloat16()), words), (model.visual_projection, own)]
+    for projection, words in begun:
+        tokens = projection(torch.randn(500, 32))
+        assert tokens.std().item() == pytest.approx(words.std().item(), rel=0.15)
 
 
 def test_no_logits_outside_reports_no_mask_and_little_padding(make_model, monkeypatch):
