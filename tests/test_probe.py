@@ -76,7 +76,7 @@ def test_ask_llm_reads_the_visual_tokens(make_model):
     studies = read_studies(model.config.data)["train"][:2]
     sentences = {None: [studies[0].report], "finding": [studies[1].report], "none": []}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    for _ in range(30):
+    for _ in range(100):
         for batch, tokens in probe.visual_batches(model, studies, ""):
             with torch.enable_grad():
                 model.report_term(tokens, batch["report_ids"], batch["report_lengths"]).backward()
