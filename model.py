@@ -251,7 +251,7 @@ class VDGen(nn.Module):
 
 
 def visual_projection(D: int, words: Tensor) -> nn.Linear:
-    """A7: from X^e, whose deviation is 1, to the LLM's width; it begins at the scale of its words.
+    """A7: from X^e (deviation 1 in each view) to the LLM's width; begins at the scale of its words.
 
     PyTorch's default would begin with a deviation of 3**-0.5, which is 4 times that of the words of
     SmolLM2-135M: an LLM has never read tokens of that size.
