@@ -30,7 +30,9 @@ from configs import PROMPT, Config, Generate
 from losses import did_loss, own_report_nearest, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LIKE_LENGTH = 8  # studies, of like length, pass the LLM together: 14 % fewer tokens than all 16
+# So many studies, of like length, pass the LLM together on a CPU: 14 % fewer tokens than all 16. A
+# GPU waits for launches rather than for tokens: it takes the batch at once.
+LIKE_LENGTH = 8
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher
 TEACHER_BATCH = 16  # fixed: the padding of a batch changes bfloat16 results in the last digit (A5)
 
@@ -185,8 +187,9 @@ class VDGen(nn.Module):
         """Sec. 3.4, Eq. 2: the report loss behind visual tokens (B, S, D). Arguments: `forward`."""
         prompt, embed = self.embed_prompt(visual_tokens), self.causal_lm.get_input_embeddings()
         P, hidden, targets = prompt.shape[1], [], []
-        for start in range(0, len(report_lengths), LIKE_LENGTH):
-            group = slice(start, start + LIKE_LENGTH)
+        together = LIKE_LENGTH if self.device.type == "cpu" else len(report_lengths)
+        for start in range(0, len(report_lengths), together):
+            group = slice(start, start + together)
             lengths = report_lengths[group]
             ids = report_ids[group, :max(lengths)]  # padded to the longest report of the group
             # The last token predicts nothing. Padding on the right is never seen under a causal
@@ -317,7 +320,8 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     options = dict(dropout_p=dropout, scale=scaling)
     if attention_mask is not None:  # the query heads of a key-value head are further rows of one
         mask = attention_mask[:, :, None].expand(-1, -1, H // Hkv, -1, -1).flatten(2, 3)
-        heads = fused(query.reshape(B, Hkv, -1, d), key, value, mask, **options).view(B, H, N, d)
+        heads = fused(query.reshape(B, Hkv, -1, d), key, value, mask, **options)
+        heads = heads.reshape(B, H, N, d)  # a GPU's kernel lays them out as (B, G N, Hkv, d)
     elif query.device.type != "cpu" and N in (1, T):  # its causal mask begins at the first key
         heads = fused(query, key, value, is_causal=N > 1, enable_gqa=H != Hkv, **options)
     else:  # a CPU, too: there fused takes 2 to 3 times as long for bfloat16 and its gradients

@@ -139,6 +139,21 @@ def test_no_logits_outside_reports_no_mask_and_little_padding(make_model, monkey
     ]
 
 
+def test_a_gpu_takes_the_batch_at_once(make_model, monkeypatch):
+    """One pass of the LLM, and the loss of a CPU's two."""
+    monkeypatch.setattr("model.LIKE_LENGTH", 2)
+    model, calls = make_model().eval(), []
+    model.causal_lm.model.register_forward_pre_hook(
+        lambda m, args, kw: calls.append(kw["inputs_embeds"].shape), with_kwargs=True)
+    visual_tokens, ids = torch.randn(4, 16, 32), torch.randint(3, 30, (4, 9))
+    on_cpu = model.report_term(visual_tokens, ids, [3, 4, 6, 9])
+    calls.clear()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    torch.testing.assert_close(model.report_term(visual_tokens, ids, [3, 4, 6, 9]), on_cpu)
+    prompt = model.embed_prompt(visual_tokens).shape[1]
+    assert [tuple(shape[:2]) for shape in calls] == [(4, prompt + 8)]
+
+
 def test_views_are_averaged_token_by_token(make_model):
     """A8: and a study of a mixed batch is what it is alone."""
     model = make_model().eval()
@@ -495,12 +510,18 @@ def test_fused_attention_is_called_only_where_its_causal_mask_is_right(monkeypat
     assert called == [(1, False), (5, True)]
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_grouped_attention_equals_a_plain_one(masked):
+@pytest.mark.parametrize("masked, laid_out_as", [(True, "CPU"), (True, "GPU"), (False, "CPU")])
+def test_grouped_attention_equals_a_plain_one(masked, laid_out_as, monkeypatch):
     """Two query heads to a key-value head; a mask of each study's own, or none: causal; gradients.
 
-    Without a mask the last 5 of 7 tokens ask: each sees itself and those before it.
+    Without a mask the last 5 of 7 tokens ask: each sees itself and those before it. A GPU's kernel
+    gives (B, H, N, d) as a view of (B, N, H, d).
     """
+    fused = torch.nn.functional.scaled_dot_product_attention
+    if laid_out_as == "GPU":
+        monkeypatch.setattr(
+            torch.nn.functional, "scaled_dot_product_attention",
+            lambda *args, **kw: fused(*args, **kw).transpose(1, 2).contiguous().transpose(1, 2))
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, heads, n, 8, generator=generator, requires_grad=True)
                          for heads, n in ((4, 5), (2, 7), (2, 7)))
