@@ -1,5 +1,6 @@
 """Tiny backbones and a tiny dataset, made here: every test runs on a CPU, offline."""
 import json
+import os
 import signal
 import sys
 import traceback
@@ -31,6 +32,16 @@ REPORTS = [
     "A large opacity in the right upper lobe. The heart is normal.",
     "Degenerative changes of the spine. Lungs are clear. No pneumothorax or pleural effusion.",
 ]
+
+
+# What two equal runs log differently; the last only on a GPU.
+TIMING = ("seconds", "studies_per_second", "report_tokens_per_second", "peak_memory_gb",
+          "peak_reserved_gb")
+
+
+def pytest_configure(config):
+    """On a CPU, where there is a GPU as well; CUDA_VISIBLE_DEVICES=0 lets the tests have it."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 class ReadBacks(TorchDispatchMode):

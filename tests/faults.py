@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 import tqdm.std  # noqa: E402
-from conftest import tiny_config, write_backbones, write_data  # noqa: E402
+from conftest import TIMING, tiny_config, write_backbones, write_data  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
@@ -41,7 +41,6 @@ import train  # noqa: E402
 from configs import Config  # noqa: E402
 
 WATCHED = {module.__file__ for module in (train, evaluate, data, model, torch.serialization)}
-TIMING = ("seconds", "studies_per_second", "report_tokens_per_second", "peak_memory_gb")
 CHECKPOINTS = ("last.pt", "best.pt", "teacher.pt")
 SECONDS = 600  # a run takes about one; longer, and it hangs
 VARIANTS = (("train.precision=fp32", "train.save_every_steps=1"),

@@ -13,7 +13,7 @@ import yaml
 
 import train as training
 from configs import parse_config
-from conftest import ReadBacks
+from conftest import TIMING, ReadBacks
 from data import end_in_one_line
 from model import read_checkpoint
 from train import cosine_lr, train
@@ -38,8 +38,7 @@ def stop_at(step, monkeypatch):
 
 def steps_of(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    timing = ("seconds", "studies_per_second", "report_tokens_per_second", "peak_memory_gb")
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines if "step" in line]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines if "step" in line]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
