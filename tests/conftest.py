@@ -39,11 +39,6 @@ TIMING = ("seconds", "studies_per_second", "report_tokens_per_second", "peak_mem
           "peak_reserved_gb")
 
 
-def pytest_configure(config):
-    """On a CPU, where there is a GPU as well; CUDA_VISIBLE_DEVICES=0 lets the tests have it."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-
-
 class ReadBacks(TorchDispatchMode):
     """Notes in `places` the function of this repository in which a GPU would be waited for.
 
@@ -214,6 +209,8 @@ def without_java(monkeypatch, request):
 
 
 def pytest_configure(config):
+    """On a CPU, where there is a GPU as well; CUDA_VISIBLE_DEVICES=0 lets the tests have it."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     config.addinivalue_line("markers", "java: runs the program of METEOR 1.5")
 
 

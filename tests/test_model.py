@@ -1,5 +1,6 @@
 """The model: what reaches which loss, what trains and what stays, and the sizes of the paper."""
 import json
+import os
 
 import pytest
 import torch
@@ -636,3 +637,8 @@ def test_paper_scale_on_the_meta_device():
     assert count(p for p in model.llm.parameters() if p.requires_grad) == 8_388_608  # LoRA: 8.39 M
     assert {p.dtype for p in model.llm.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_the_tests_stay_on_a_cpu():
+    """Unless they are told otherwise: what they compare to the bit is a CPU's."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" or torch.cuda.is_available()
