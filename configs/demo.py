@@ -13,7 +13,8 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -298,21 +299,26 @@ def draw_film(findings: list[dict], lateral: bool, body: np.ndarray,
     return film.expose()
 
 
-def draw_studies(root: Path, studies: dict[str, int]) -> tuple[dict, dict]:
-    """Images, annotation.json and findings.json; returns the last two."""
+def draw_study(root: Path, split: str, number: int, i: int) -> tuple[dict, list[dict]]:
+    """Draw the views of study i of a split; returns its entry in annotation.json, its findings."""
+    rng = np.random.default_rng([DEMO_SEED, number, i])
+    name, findings, body = f"{split}_{i:04d}", draw_findings(rng), rng.random(24)
+    views = [f"{name}/{v}.png" for v in range(1 if rng.random() < .1 else 2)]
+    (root / "images" / name).mkdir(parents=True, exist_ok=True)
+    for v, path in enumerate(views):
+        Image.fromarray(draw_film(findings, v == 1, body, rng)).save(root / "images" / path)
+    report = write_report(findings, rng)
+    return {"id": name, "report": report, "image_path": views}, findings
+
+
+def draw_studies(root: Path, studies: dict[str, int], pool: Executor) -> tuple[dict, dict]:
+    """Images, by the processes of a pool; returns annotation.json and findings.json."""
     annotation, truth = {}, {}
     for number, (split, count) in enumerate(studies.items()):
-        annotation[split] = []
-        for i in tqdm(range(count), f"drawing {split}", mininterval=1):
-            rng = np.random.default_rng([DEMO_SEED, number, i])
-            name, findings, body = f"{split}_{i:04d}", draw_findings(rng), rng.random(24)
-            views = [f"{name}/{v}.png" for v in range(1 if rng.random() < .1 else 2)]
-            (root / "images" / name).mkdir(parents=True, exist_ok=True)
-            for v, path in enumerate(views):
-                Image.fromarray(draw_film(findings, v == 1, body, rng)).save(root / "images" / path)
-            report = write_report(findings, rng)
-            annotation[split].append({"id": name, "report": report, "image_path": views})
-            truth[name] = findings
+        drawn = pool.map(partial(draw_study, root, split, number), range(count), chunksize=20)
+        drawn = list(tqdm(drawn, f"drawing {split}", count, mininterval=1))
+        annotation[split] = [study for study, _ in drawn]
+        truth |= {study["id"]: findings for study, findings in drawn}
     return annotation, truth
 
 
@@ -412,9 +418,8 @@ def pretrain_swin(folder: Path, steps: int, batch: int = 32) -> None:
         flips = [d for d in (2, 3) if torch.rand((), generator=generator) < .5]
         x = images[rows].flip(flips).expand(-1, 3, -1, -1)
         target = labels[rows].flip(flips).flatten(2).mT
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = head(swin((x - .35) / .2).last_hidden_state)
-        return F.binary_cross_entropy_with_logits(logits.float(), target)
+        logits = head(swin((x - .35) / .2).last_hidden_state)
+        return F.binary_cross_entropy_with_logits(logits, target)
     pretrain("Swin", [*swin.parameters(), *head.parameters()], steps, loss_of, beta2=.95)
     swin.save_pretrained(folder)
     size = dict(height=PIXELS, width=PIXELS)
@@ -465,13 +470,16 @@ def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32
         intermediate_size=512, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=1, pad_token_id=2, attn_implementation="eager"))
     before, after, *texts = tokenizer([*PROMPT, *reports], add_special_tokens=False).input_ids
+    by_length = np.argsort([len(text) for text in texts], kind="stable")
     vocabularies = [np.unique(text) for text in texts]
     seen = np.bincount(np.concatenate(vocabularies), minlength=len(tokenizer))
     weight = np.log(len(texts) / seen.clip(1)).clip(1e-6)  # a rare word is hinted at more often
     embed, start = llama.model.embed_tokens, 1 + len(before)
 
     def loss_of(step: int) -> Tensor:
-        rows, hinted = rng.choice(len(texts), batch, replace=False), step % 8 > 0
+        middle, hinted = rng.integers(len(texts)), step % 8 > 0
+        near = by_length[max(middle - 2 * batch, 0):][:4 * batch]  # of like length: little padding
+        rows = rng.choice(near, batch, replace=False)
         prompt = [0, *before, *[2] * TOKENS, *after] if hinted else [0]
         ends = [texts[i] + [1] for i in rows]
         longest = max(map(len, ends))
@@ -484,16 +492,15 @@ def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32
             noise = noise + torch.randn(batch, TOKENS, 192, generator=generator)
             slots = hints @ embed.weight + embed.weight.detach().std() * noise
             inputs = torch.cat([inputs[:, :start], slots, inputs[:, start + TOKENS:]], 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            states = llama.model(inputs_embeds=inputs).last_hidden_state  # padding follows: no mask
-            logits = llama.lm_head(states[:, len(prompt) - 1:])
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        states = llama.model(inputs_embeds=inputs).last_hidden_state  # padding follows: no mask
+        logits = llama.lm_head(states[:, len(prompt) - 1:])
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     pretrain("Llama", list(llama.parameters()), steps, loss_of, beta2=.999)
     llama.save_pretrained(folder)
 
 
 def begin_worker(threads: int) -> None:
-    """Of a process that pretrains: its threads, and its end where the one that waits is killed."""
+    """Of a process that builds: its threads, and its end where the one that waits is killed."""
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)  # another process may be building by now
@@ -501,18 +508,23 @@ def begin_worker(threads: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def pretrain_both(folder: Path, reports: list[str], swin_steps: int, llama_steps: int) -> None:
-    """The folders swin and llama, made side by side by two processes.
+def two_processes() -> ProcessPoolExecutor:
+    """They draw the films, then make the two models, side by side.
 
     Each has half of the threads: on two cores one, so that the bytes are those of one thread.
     """
     threads = max(1, torch.get_num_threads() // 2)
     context = multiprocessing.get_context("spawn")  # a forked OpenMP may hang
-    with ProcessPoolExecutor(2, context, begin_worker, (threads,)) as pool:
-        jobs = [pool.submit(pretrain_swin, folder / "swin", swin_steps),
-                pool.submit(pretrain_llama, folder / "llama", reports, llama_steps)]
-        for job in jobs:
-            job.result()
+    return ProcessPoolExecutor(2, context, begin_worker, (threads,))
+
+
+def pretrain_both(folder: Path, reports: list[str], swin_steps: int, llama_steps: int,
+                  pool: Executor) -> None:
+    """The folders swin and llama."""
+    jobs = [pool.submit(pretrain_swin, folder / "swin", swin_steps),
+            pool.submit(pretrain_llama, folder / "llama", reports, llama_steps)]
+    for job in jobs:
+        job.result()
 
 
 def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] = DEMO_SPLITS,
@@ -525,9 +537,10 @@ def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] 
     """
     building = root.with_name(root.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
-    annotation, truth = draw_studies(building, studies)
-    reports = [clean(study["report"]) for study in annotation["train"]]
-    pretrain_both(building, reports, swin_steps, llama_steps)
+    with two_processes() as pool:
+        annotation, truth = draw_studies(building, studies, pool)
+        reports = [clean(study["report"]) for study in annotation["train"]]
+        pretrain_both(building, reports, swin_steps, llama_steps, pool)
     phrases = {name: spec["phrases"] for name, spec in DEMO_FINDINGS.items()}
     sides = {side: [side] for side in ("left", "right")}
     sizes_and_grades = zip(*DEMO_REPORTS["extents"].values())
