@@ -285,10 +285,7 @@ def prepare(config: Config, resume: bool) -> Run:
     if config.loss.did_weight:
         reports = [study.report for study in splits["train"]]
         run.teacher = teacher_embeddings(model, reports, folder / "teacher.pt")
-    sizes = ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in about["parameters"].items())
-    print(f"{folder}: {len(dataset)} training studies, {steps} steps of batch "
-          f"{settings.batch_size}, lr {settings.lr} to {settings.min_lr}, on {about['device']}; "
-          f"parameters {sizes}")
+    announce(run, about)
     if rank:  # each rank drops out by its own random numbers
         torch.manual_seed(settings.seed + rank)
     if checkpoint:
@@ -297,6 +294,19 @@ def prepare(config: Config, resume: bool) -> Run:
         run.parallel = shared_by_ranks(model)
     model.train()
     return run
+
+
+def announce(run: Run, about: dict) -> None:
+    """One line of what the run is; one more where its precision makes it slow."""
+    settings = run.config.train
+    sizes = ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in about["parameters"].items())
+    print(f"{run.folder}: {len(run.dataset)} training studies, {run.steps} steps of batch "
+          f"{settings.batch_size}, lr {settings.lr} to {settings.min_lr}, on {about['device']}; "
+          f"parameters {sizes}")
+    only_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no instruction for bfloat16
+    if run.model.device.type == "cpu" and settings.precision == "bf16" and only_avx2:
+        print("note: this CPU computes bfloat16 slowly (AVX2); --set train.precision=fp32 takes a "
+              "fraction of the time")
 
 
 def require_batches(studies: int, batch_size: int, world: int) -> None:

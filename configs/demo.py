@@ -470,16 +470,13 @@ def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32
         intermediate_size=512, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=1, pad_token_id=2, attn_implementation="eager"))
     before, after, *texts = tokenizer([*PROMPT, *reports], add_special_tokens=False).input_ids
-    by_length = np.argsort([len(text) for text in texts], kind="stable")
     vocabularies = [np.unique(text) for text in texts]
     seen = np.bincount(np.concatenate(vocabularies), minlength=len(tokenizer))
     weight = np.log(len(texts) / seen.clip(1)).clip(1e-6)  # a rare word is hinted at more often
     embed, start = llama.model.embed_tokens, 1 + len(before)
 
     def loss_of(step: int) -> Tensor:
-        middle, hinted = rng.integers(len(texts)), step % 8 > 0
-        near = by_length[max(middle - 2 * batch, 0):][:4 * batch]  # of like length: little padding
-        rows = rng.choice(near, batch, replace=False)
+        rows, hinted = rng.choice(len(texts), batch, replace=False), step % 8 > 0
         prompt = [0, *before, *[2] * TOKENS, *after] if hinted else [0]
         ends = [texts[i] + [1] for i in rows]
         longest = max(map(len, ends))
@@ -528,7 +525,7 @@ def pretrain_both(folder: Path, reports: list[str], swin_steps: int, llama_steps
 
 
 def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] = DEMO_SPLITS,
-               swin_steps: int = 900, llama_steps: int = 500) -> None:
+               swin_steps: int = 1200, llama_steps: int = 500) -> None:
     """Write the demo: a data root in R2Gen's format, and the folders swin and llama in it.
 
     Same arguments, same bytes. `clean` is the report cleaning of the dataset: the Llama reads what

@@ -16,7 +16,7 @@ from configs import parse_config
 from conftest import TIMING, ReadBacks
 from data import end_in_one_line
 from model import read_checkpoint
-from train import cosine_lr, train
+from train import cosine_lr, prepare, train
 
 
 def at(config, folder):
@@ -203,6 +203,14 @@ def test_nothing_is_overwritten_silently(make_config, capsys):
         train(make_config("train.max_steps=1", "train.seed=43"), resume=True)
     # free to change
     train(make_config("train.max_steps=1", "train.save_every_steps=7"), resume=True)
+
+
+@pytest.mark.parametrize("cpu, precision", [("AVX2", "bf16"), ("AVX2", "fp32"), ("AVX512", "bf16")])
+def test_bfloat16_on_a_cpu_without_it_is_told(make_config, monkeypatch, capsys, cpu, precision):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    prepare(make_config(f"train.precision={precision}"), resume=False)
+    told = "train.precision=fp32" in capsys.readouterr().out
+    assert told == (cpu == "AVX2" and precision == "bf16")
 
 
 def test_resume_without_a_checkpoint_says_so(make_config, capsys):
