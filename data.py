@@ -326,7 +326,7 @@ def build_once(out: Path, build: Callable[[], None]) -> None:
 def build_demo_if_missing(data: configs.Data) -> None:
     def build() -> None:
         print(f"{data.root}: not there yet; drawing the demo and pretraining its two models, some "
-              "four minutes", flush=True)
+              "eight minutes", flush=True)
         build_demo(Path(data.root), clean_iu_xray)
     if data.dataset == "demo" and not (Path(data.root) / "annotation.json").is_file():
         build_once(Path(data.root), build)

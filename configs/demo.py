@@ -612,16 +612,16 @@ def draw_cases(run: Path, root: Path, target: Path) -> None:
     size = (5 * MARGIN + 2 * FILM + 2 * COLUMN, 3 * height + MARGIN)
     canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(22)
-    for i, (named, rows) in enumerate(groups.items()):
+    y = MARGIN
+    for named, rows in groups.items():
         two_views = (row for row in rows if len(row["image_path"]) == 2)
         row = next(two_views, rows[0] if rows else None)
-        y = i * height + MARGIN
         title = ("Neither", "One", "Both")[named] + " of two findings named: "
         title += f"{len(rows)} of {total} studies" + (f", such as {row['id']}" if row else "")
         draw.text((MARGIN, y), title, "#59636e", font)
+        y += LINE + 6
         if row is None:
             continue
-        y += LINE + 6
         for v, path in enumerate(row["image_path"]):
             film = Image.open(root / "images" / path).resize((FILM, FILM), Image.Resampling.NEAREST)
             canvas.paste(film, (MARGIN + v * (FILM + 4), y))
@@ -631,7 +631,9 @@ def draw_cases(run: Path, root: Path, target: Path) -> None:
             draw.text((x, y), heading, "#59636e", font)
             write_words(draw, coloured(row[key], row[other], spec), x, y + LINE + 6, font)
             x += COLUMN + MARGIN + 8
-    small = canvas.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        y += FILM + 2 * MARGIN - 6
+    drawn = canvas.crop((0, 0, canvas.width, y))
+    small = drawn.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(target, optimize=True)
 
 

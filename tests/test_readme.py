@@ -208,6 +208,7 @@ def test_the_picture_is_drawn_from_a_run(tmp_path):
         colours = {"#%02x%02x%02x" % colour for _, colour in picture.convert("RGB").getcolors(1000)}
         films = picture.convert("L").histogram()[130]
     assert {AGREES, DIFFERS, PLAIN, "#ffffff"} <= colours
+    assert picture.height < 3 * 288  # what no report is like has a title only
     assert films == pytest.approx(2 * 2 * 288 * 288, rel=0.01)  # two rows of two views
     one_view = [row | {"image_path": row["image_path"][:1]} for row in rows]
     (tmp_path / "test_predictions.jsonl").write_text("\n".join(map(json.dumps, one_view)))
