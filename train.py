@@ -282,10 +282,10 @@ def prepare(config: Config, resume: bool) -> Run:
         write_line(run.log, about)
     elif checkpoint["changed"]:
         write_line(run.log, {"step": run.step, "changed": checkpoint["changed"]})
+    announce(run, about)
     if config.loss.did_weight:
         reports = [study.report for study in splits["train"]]
         run.teacher = teacher_embeddings(model, reports, folder / "teacher.pt")
-    announce(run, about)
     if rank:  # each rank drops out by its own random numbers
         torch.manual_seed(settings.seed + rank)
     if checkpoint:

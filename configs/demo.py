@@ -405,7 +405,7 @@ def pretrain_swin(folder: Path, steps: int, batch: int = 32) -> None:
     swin = SwinModel(SwinConfig(
         image_size=PIXELS, patch_size=4, embed_dim=32, depths=[1, 1, 2], num_heads=[2, 4, 8],
         window_size=6, use_absolute_embeddings=True, drop_path_rate=0.0, initializer_range=.06,
-        attn_implementation="eager"),  # on a CPU the fused attention's bfloat16 gradient is slow
+        attn_implementation="eager"),  # on a CPU no slower than the fused one
         add_pooling_layer=False)
     head = torch.nn.Linear(swin.config.hidden_size, 11)
     draws = tqdm(range(max(1, steps // 19)), "drawing shapes")

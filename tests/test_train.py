@@ -207,8 +207,13 @@ def test_nothing_is_overwritten_silently(make_config, capsys):
 
 @pytest.mark.parametrize("cpu, precision", [("AVX2", "bf16"), ("AVX2", "fp32"), ("AVX512", "bf16")])
 def test_bfloat16_on_a_cpu_without_it_is_told(make_config, monkeypatch, capsys, cpu, precision):
+    """Before the teacher reads the reports, which is slow there, too."""
+    def reading(*_):
+        raise Stop
+    monkeypatch.setattr(training, "teacher_embeddings", reading)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
-    prepare(make_config(f"train.precision={precision}"), resume=False)
+    with pytest.raises(Stop):
+        prepare(make_config(f"train.precision={precision}"), resume=False)
     told = "train.precision=fp32" in capsys.readouterr().out
     assert told == (cpu == "AVX2" and precision == "bf16")
 
