@@ -12,8 +12,9 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -505,14 +506,22 @@ def begin_worker(threads: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def two_processes() -> ProcessPoolExecutor:
+@contextmanager
+def two_processes() -> Iterator[Executor]:
     """They draw the films, then make the two models, side by side.
 
-    Each has half of the threads: on two cores one, so that the bytes are those of one thread.
+    Each has half of the threads: on two cores one, so that the bytes are those of one thread. An
+    interrupt, or the error of one of them, ends both.
     """
     threads = max(1, torch.get_num_threads() // 2)
     context = multiprocessing.get_context("spawn")  # a forked OpenMP may hang
-    return ProcessPoolExecutor(2, context, begin_worker, (threads,))
+    with ProcessPoolExecutor(2, context, begin_worker, (threads,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()  # else the pool would wait for them, minutes long
+            raise
 
 
 def pretrain_both(folder: Path, reports: list[str], swin_steps: int, llama_steps: int,
@@ -520,7 +529,7 @@ def pretrain_both(folder: Path, reports: list[str], swin_steps: int, llama_steps
     """The folders swin and llama."""
     jobs = [pool.submit(pretrain_swin, folder / "swin", swin_steps),
             pool.submit(pretrain_llama, folder / "llama", reports, llama_steps)]
-    for job in jobs:
+    for job in as_completed(jobs):
         job.result()
 
 
