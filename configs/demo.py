@@ -12,9 +12,8 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -506,31 +505,28 @@ def begin_worker(threads: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-@contextmanager
-def two_processes() -> Iterator[Executor]:
+def two_processes() -> ProcessPoolExecutor:
     """They draw the films, then make the two models, side by side.
 
-    Each has half of the threads: on two cores one, so that the bytes are those of one thread. An
-    interrupt, or the error of one of them, ends both.
+    Each has half of the threads: on two cores one, so that the bytes are those of one thread.
     """
     threads = max(1, torch.get_num_threads() // 2)
     context = multiprocessing.get_context("spawn")  # a forked OpenMP may hang
-    with ProcessPoolExecutor(2, context, begin_worker, (threads,)) as pool:
-        try:
-            yield pool
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()  # else the pool would wait for them, minutes long
-            raise
+    return ProcessPoolExecutor(2, context, begin_worker, (threads,))
 
 
 def pretrain_both(folder: Path, reports: list[str], swin_steps: int, llama_steps: int,
                   pool: Executor) -> None:
-    """The folders swin and llama."""
+    """The folders swin and llama. An interrupt, or the error of one process, ends both."""
     jobs = [pool.submit(pretrain_swin, folder / "swin", swin_steps),
             pool.submit(pretrain_llama, folder / "llama", reports, llama_steps)]
-    for job in as_completed(jobs):
-        job.result()
+    try:
+        for job in as_completed(jobs):
+            job.result()
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()  # else the pool would wait for them, minutes long
+        raise
 
 
 def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] = DEMO_SPLITS,
