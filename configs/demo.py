@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -512,7 +513,13 @@ def two_processes() -> ProcessPoolExecutor:
     """
     threads = max(1, torch.get_num_threads() // 2)
     context = multiprocessing.get_context("spawn")  # a forked OpenMP may hang
-    return ProcessPoolExecutor(2, context, begin_worker, (threads,))
+    pool = ProcessPoolExecutor(2, context, begin_worker, (threads,))
+    # Ctrl-C is for the process that waits: these inherit the mask, and would trip in their imports
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    for _ in range(2):
+        pool.submit(os.getpid)  # each starts a process
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pool
 
 
 def pretrain_both(folder: Path, reports: list[str], swin_steps: int, llama_steps: int,

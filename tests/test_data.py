@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -356,10 +357,12 @@ def test_demo_fails_as_its_pretraining_does(tmp_path):
 
 LONG_BUILD = """
 import sys
+import time
 from pathlib import Path
 from configs.demo import build_demo
-from data import clean_iu_xray
-build_demo(Path(sys.argv[1]), clean_iu_xray, dict(train=40, val=1, test=1), 3, 10 ** 6)
+from data import clean_iu_xray, end_in_one_line
+studies = dict(train=40, val=1, test=1)
+end_in_one_line(lambda: build_demo(Path(sys.argv[1]), clean_iu_xray, studies, 3, 10 ** 6))
 """
 
 
@@ -376,6 +379,19 @@ def test_a_stopped_build_leaves_no_process_behind(tmp_path, number):
     build.send_signal(number)
     build.communicate(timeout=60)
     assert not (tmp_path / "demo").exists()
+
+
+def test_ctrl_c_while_the_builders_start_ends_without_a_traceback(tmp_path):
+    """A terminal sends it to all processes; the two builders still import torch by then."""
+    build = subprocess.Popen([sys.executable, "-c", LONG_BUILD, tmp_path / "demo"], text=True,
+                             cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE,
+                             start_new_session=True)
+    while "drawing train" not in build.stderr.readline(30):
+        assert build.poll() is None
+    time.sleep(1)  # for Python itself to begin
+    os.killpg(build.pid, signal.SIGINT)
+    assert "Traceback" not in build.communicate(timeout=60)[1]
+    assert build.returncode == 130 and not (tmp_path / "demo").exists()
 
 
 def test_demo_reports_name_just_the_findings_of_their_study(tmp_path):
