@@ -357,7 +357,6 @@ def test_demo_fails_as_its_pretraining_does(tmp_path):
 
 LONG_BUILD = """
 import sys
-import time
 from pathlib import Path
 from configs.demo import build_demo
 from data import clean_iu_xray, end_in_one_line
