@@ -33,6 +33,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # So many studies, of like length, pass the LLM together on a CPU: 14 % fewer tokens than all 16. A
 # GPU waits for launches: an H100 takes 0.40 s a step for the batch at once, 0.52 s for two groups.
 LIKE_LENGTH = 8
+# The statistics that generation reads are those of the last ten batches or so: PyTorch's default. A
+# folder's own may keep those of its pretraining for a whole run, or the last batch's alone.
+BATCH_NORM_MOMENTUM = 0.1
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher
 TEACHER_BATCH = 16  # fixed: the padding of a batch changes bfloat16 results in the last digit (A5)
 
@@ -62,6 +65,9 @@ class VDGen(nn.Module):
         if pooler is not None and any(True for _ in pooler.parameters()):
             vision.pooler = None  # h is a mean over S: a pooler's weights would never be trained
         self.vision = vision.requires_grad_()
+        for layer in vision.modules():  # A11: an encoder of Sec. 3.1 may have some; Swin has none
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = BATCH_NORM_MOMENTUM
         self.image_size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2 where any will do
         hidden = self.encoder_shape()
         D = hidden[1 if len(hidden) == 4 else 2]  # of a map, or of tokens

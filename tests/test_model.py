@@ -305,26 +305,37 @@ def test_teacher_is_standardised_over_the_studies():
     assert teacher.standardise(embeddings.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["EfficientNet", "ResNet"])
-def test_an_encoder_whose_output_is_a_map(make_model, tmp_path, kind):
-    """Sec. 3.1: its h w places are the tokens, row by row; no name in its config gives S or D."""
+def write_map_encoder(kind, folder, **more):
+    """The folder of an encoder whose output is a map; returns the encoder."""
     import transformers
     sizes = dict(
         EfficientNet=dict(
-            image_size=64, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128
+            image_size=64,
+            width_coefficient=0.1,
+            depth_coefficient=0.1,
+            hidden_dim=128,
+            initializer_range=0.5,
         ),
         ResNet=dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"),
     )[kind]
     torch.manual_seed(0)
-    vision = getattr(transformers, kind + "Model")(getattr(transformers, kind + "Config")(**sizes))
-    vision.save_pretrained(tmp_path / "vision")
+    config = getattr(transformers, kind + "Config")(**sizes, **more)
+    vision = getattr(transformers, kind + "Model")(config)
+    vision.save_pretrained(folder)
     shape = dict(
         image_processor_type="ViTImageProcessor",
         size=64,
         image_mean=[0.5] * 3,
         image_std=[0.25] * 3,
     )
-    (tmp_path / "vision/preprocessor_config.json").write_text(json.dumps(shape))
+    (folder / "preprocessor_config.json").write_text(json.dumps(shape))
+    return vision
+
+
+@pytest.mark.parametrize("kind", ["EfficientNet", "ResNet"])
+def test_an_encoder_whose_output_is_a_map(make_model, tmp_path, kind):
+    """Sec. 3.1: its h w places are the tokens, row by row; no name in its config gives S or D."""
+    vision = write_map_encoder(kind, tmp_path / "vision")
     model = make_model(f"model.vision={tmp_path / 'vision'}").eval()
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     maps = vision.eval()((images / 255 - 0.5) / 0.25).last_hidden_state
@@ -337,6 +348,26 @@ def test_an_encoder_whose_output_is_a_map(make_model, tmp_path, kind):
         images=torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8)
     )
     assert reached(model.train(), model(**batch)[0]["did"]) == {"vision", "norm", "did_head"}
+
+
+@pytest.mark.parametrize("momentum", [0.001, 0.99])
+def test_generation_normalises_by_the_last_films(make_model, tmp_path, momentum):
+    """A11: whatever the folder says, not by what a pretraining saw, and not by the last batch.
+
+    Films are grey and dark, which the first statistics are not; no two batches are alike.
+    """
+    write_map_encoder("EfficientNet", tmp_path / "vision", batch_norm_momentum=momentum)
+    model = make_model(f"model.vision={tmp_path / 'vision'}", "train.precision=fp32").train()
+    first = next(part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    seen = []
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean(dim=(0, 2, 3))))
+    light = torch.rand(400, 1, 1, 1)
+    films = (100 * light * torch.rand(400, 1, 64, 64)).to(torch.uint8).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        for batch in films.split(4):
+            model.encode(batch, [1] * 4)
+    of_all = torch.stack(seen).mean(dim=0)
+    assert (first.running_mean - of_all).norm() < 0.05 * of_all.norm()
 
 
 def test_another_encoder_can_be_the_teacher(make_model, tmp_path):
