@@ -33,8 +33,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # So many studies, of like length, pass the LLM together on a CPU: 14 % fewer tokens than all 16. A
 # GPU waits for launches: an H100 takes 0.40 s a step for the batch at once, 0.52 s for two groups.
 LIKE_LENGTH = 8
-# The statistics that generation reads are those of the last ten batches or so: PyTorch's default. A
-# folder's own may keep those of its pretraining for a whole run, or the last batch's alone.
+# PyTorch's default: generation normalises by the last ten batches or so of training. A folder's own
+# may hold on to its pretraining's statistics for a whole run, or know the last batch alone (A11).
 BATCH_NORM_MOMENTUM = 0.1
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher
 TEACHER_BATCH = 16  # fixed: the padding of a batch changes bfloat16 results in the last digit (A5)

@@ -520,7 +520,8 @@ def train(config: Config, resume: bool = False) -> dict | None:
     """Run the whole of a config, or the rest of it; returns the metrics of the final evaluation.
 
     SIGINT and SIGTERM end the step, save, and exit with the usual code (130, 143). Under torchrun
-    each rank takes its part of every batch; losses, weights and files are those of one process.
+    each rank takes its part of every batch; losses, weights and files are those of one process, but
+    where an encoder has BatchNorm, which sees one part (A11).
     """
     run = prepare(config, resume)
     settings, weights, model, optimizer = config.train, config.loss, run.model, run.optimizer
