@@ -449,6 +449,9 @@ def validate(run: Run) -> tuple[float, tuple[dict, dict] | None]:
     if not studies:
         return 0.0, None
     started = time.perf_counter()
+    if ranks()[1] > 1:  # BatchNorm remembers each rank's films: all write by the first one's (A11)
+        for buffer in run.model.vision.buffers():
+            torch.distributed.broadcast(buffer, 0)
     reports, _ = written = write_reports(run.model, studies)
     scores = score(reports, {study.id: study.report for study in studies}, meteor=False)
     distinct, seconds = len(set(reports.values())), time.perf_counter() - started

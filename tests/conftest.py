@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,6 +142,32 @@ def tiny_config(backbones: Path, data_root: Path, output: Path, *overrides: str)
         data=dict(root=str(data_root), num_workers=0),
         train=dict(output=str(output), precision="fp32", batch_size=3, eval_batch_size=2, epochs=1),
         generate=dict(num_beams=2, min_new_tokens=1, max_new_tokens=6)), overrides)
+
+
+def write_map_encoder(kind, folder, **more):
+    """The folder of an encoder whose output is a map; returns the encoder."""
+    sizes = dict(
+        EfficientNet=dict(
+            image_size=64,
+            width_coefficient=0.1,
+            depth_coefficient=0.1,
+            hidden_dim=128,
+            initializer_range=0.5,
+        ),
+        ResNet=dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"),
+    )[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind + "Config")(**sizes, **more)
+    vision = getattr(transformers, kind + "Model")(config)
+    vision.save_pretrained(folder)
+    shape = dict(
+        image_processor_type="ViTImageProcessor",
+        size=64,
+        image_mean=[0.5] * 3,
+        image_std=[0.25] * 3,
+    )
+    (folder / "preprocessor_config.json").write_text(json.dumps(shape))
+    return vision
 
 
 @pytest.fixture(scope="session")

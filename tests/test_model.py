@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from configs import PROMPT, Generate
-from conftest import REPORTS, ReadBacks, library_search, paper_model
+from conftest import REPORTS, ReadBacks, library_search, paper_model, write_map_encoder
 from losses import did_loss, vse_loss
 from model import (Teacher, beam_search, embed_reports, grouped_attention, read_checkpoint,
                    visual_projection)
@@ -303,33 +303,6 @@ def test_teacher_is_standardised_over_the_studies():
             expected = (values[study] - mean) / deviation if d != 2 else 0
             assert value == pytest.approx(expected, abs=1e-5)
     assert teacher.standardise(embeddings.bfloat16()).dtype == torch.float32
-
-
-def write_map_encoder(kind, folder, **more):
-    """The folder of an encoder whose output is a map; returns the encoder."""
-    import transformers
-    sizes = dict(
-        EfficientNet=dict(
-            image_size=64,
-            width_coefficient=0.1,
-            depth_coefficient=0.1,
-            hidden_dim=128,
-            initializer_range=0.5,
-        ),
-        ResNet=dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"),
-    )[kind]
-    torch.manual_seed(0)
-    config = getattr(transformers, kind + "Config")(**sizes, **more)
-    vision = getattr(transformers, kind + "Model")(config)
-    vision.save_pretrained(folder)
-    shape = dict(
-        image_processor_type="ViTImageProcessor",
-        size=64,
-        image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
-    )
-    (folder / "preprocessor_config.json").write_text(json.dumps(shape))
-    return vision
 
 
 @pytest.mark.parametrize("kind", ["EfficientNet", "ResNet"])
