@@ -1,5 +1,4 @@
 """The model: what reaches which loss, what trains and what stays, and the sizes of the paper."""
-import json
 import os
 
 import pytest
