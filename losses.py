@@ -20,7 +20,7 @@ def vse_loss(z: Tensor, temperature: float, self_in_denominator: bool = False) -
     As printed, S_ii = -inf makes Eq. 3 infinite, so the mask acts on the denominator only (A1).
     With unit-norm rows (A2) the target term S_ii is then the constant 1/temperature: the loss only
     pushes the studies of a batch apart. Its minimum, for B rows that form a simplex, is
-    log(B-1) - (1 + 1/(B-1)) / temperature: it is usually negative.
+    log(B-1) - (1 + 1/(B-1)) / temperature: for 16 rows 1.641 at 1.0, and negative below 0.39.
 
     Args:
         z: (B, D_z) raw projected embeddings W1 h + b, B >= 2; normalised here. Gradient reaches
