@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
 from array import array
 from collections.abc import Callable, Sequence
@@ -132,7 +133,7 @@ def read_studies(data: configs.Data,
                 if problems is None:
                     raise
                 problems.append(str(error))
-    if not splits["train"]:
+    if not splits["train"] and not problems:
         raise ValueError(f"{path}: train: no studies")
     return splits
 
@@ -248,10 +249,16 @@ def collate(items: list[dict]) -> dict:
             "report_lengths": [len(report) for report in reports]}
 
 
+def leave_signals(worker: int) -> None:
+    """A loader's worker leaves Ctrl-C, which reaches a whole group, to the process it reads for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The shuffled batches of an epoch, by its arguments alone; no incomplete last one (A22)."""
     # A prime: no two (seed, epoch) in use collide.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(studies, generator=generator).tolist()
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]
 
@@ -275,7 +282,8 @@ def check(data: configs.Data) -> list[str]:
     """Print a table of the data, and return all that is wrong with it: every image is opened."""
     problems: list[str] = []
     splits, owner = read_studies(data, problems), {}
-    print(f"{data.root}: {data.dataset}, sections: {splits['train'][0].sections or 'not stated'}")
+    sections = splits["train"][0].sections if splits["train"] else None
+    print(f"{data.root}: {data.dataset}, sections: {sections or 'not stated'}")
     titles = ("studies", "patients", "views", "reports", "words", "longest")
     print(f"{'split':<8}" + "".join(f"{title:>10}" for title in titles))
     for split, studies in splits.items():
@@ -315,7 +323,7 @@ def build_once(out: Path, build: Callable[[], None]) -> None:
     with lock.open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             print(f"{out}: another process is making it; waiting", flush=True)
             fcntl.lockf(file, fcntl.LOCK_EX)  # until that process ends, however it ends
         if not (out / "annotation.json").is_file():

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -33,7 +34,7 @@ from configs import Config, load_config, parse_config
 from configs.findings import named_findings, named_in_each
 from configs.report import write_page, write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  image_problem, read_image, read_studies)
+                  image_problem, leave_signals, read_image, read_studies)
 from model import (CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks,
                    read_checkpoint)
 
@@ -302,8 +303,19 @@ def clinical_matrices(predictions: list[list[int]], references: list[list[int]])
 def read_findings(config: Config, names) -> dict | None:
     """findings.json of the data, if there is one: what studies hold, and phrases that name it."""
     path = Path(config.data.root) / "findings.json"
-    spec = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    unknown = [name for name in names if spec and name not in spec["studies"]]
+    if not path.is_file():
+        return None
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        named_findings("", spec)
+        unknown = [name for name in names if name not in spec["studies"]]
+        for held in spec["studies"].values():
+            for finding in held:
+                spec["phrases"][finding["finding"]], finding["side"], finding["extent"]
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        raise ValueError(f"{path}: expected `phrases`, `sides` and `extents`, regular expressions, "
+                         "and in `studies` for each study a list of {finding, side, extent}; got "
+                         f"{type(error).__name__}: {error}") from None
     if unknown:
         raise ValueError(f"{path}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; "
                          "it must hold all of them")
@@ -477,6 +489,7 @@ def write_reports(model: VDGen,
     loader = DataLoader(
         dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
         num_workers=data.num_workers, collate_fn=collate, pin_memory=model.device.type == "cuda",
+        worker_init_fn=leave_signals,
         generator=torch.Generator())  # its own: a validation must not change the state of training
     was_training, reports, visual_embeds = model.training, {}, {}
     model.eval()
@@ -922,6 +935,8 @@ def main() -> None:
     if args.predictions:
         return score_again(args.predictions[0], args.config, args.set, args.split, args.chexbert)
     require_views(args.images or [])
+    if args.chexbert and not args.chexbert.is_file():
+        raise FileNotFoundError(f"--chexbert {args.chexbert}: no such file")
     join_ranks()
     checkpoint = read_checkpoint(args.checkpoint)
     config = parse_config(checkpoint["config"], args.set, str(args.checkpoint))

@@ -65,11 +65,12 @@ class VDGen(nn.Module):
         if pooler is not None and any(True for _ in pooler.parameters()):
             vision.pooler = None  # h is a mean over S: a pooler's weights would never be trained
         self.vision = vision.requires_grad_()
+        size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2 where any will do
+        self.image_size = size if isinstance(size, int) else size[0]
+        hidden = self.probe_encoder()
         for layer in vision.modules():  # A11: an encoder of Sec. 3.1 may have some; Swin has none
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = BATCH_NORM_MOMENTUM
-        self.image_size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2 where any will do
-        hidden = self.encoder_shape()
         D = hidden[1 if len(hidden) == 4 else 2]  # of a map, or of tokens
         D_h = llm.config.hidden_size
         self.norm = nn.LayerNorm(D)
@@ -114,18 +115,23 @@ class VDGen(nn.Module):
         enabled = self.config.train.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def encoder_shape(self) -> torch.Size:
+    def probe_encoder(self) -> torch.Size:
         """(1, S, D) or (1, D, h, w), of X^e; from one pass on the meta device.
 
-        No two families of encoders name these sizes alike in their configs.
+        No two families of encoders name these sizes alike in their configs. What X^e does not
+        depend on, such as a token for masked patches, is frozen: DDP would wait for its gradient.
         """
-        state = self.vision.state_dict(keep_vars=True)
-        state = {name: value.to("meta") for name, value in state.items()}
+        parameters = dict(self.vision.named_parameters())
+        on_meta = {name: p.detach().to("meta").requires_grad_() for name, p in parameters.items()}
+        buffers = {name: buffer.to("meta") for name, buffer in self.vision.named_buffers()}
         image = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
         was_training = self.vision.training
-        with torch.no_grad():
-            hidden = functional_call(self.vision.eval(), state, image).last_hidden_state
+        with torch.enable_grad():
+            hidden = functional_call(self.vision.eval(), on_meta | buffers, image).last_hidden_state
+            reached = torch.autograd.grad(hidden.sum(), list(on_meta.values()), allow_unused=True)
         self.vision.train(was_training)
+        for parameter, gradient in zip(parameters.values(), reached):
+            parameter.requires_grad_(gradient is not None)
         return hidden.shape
 
     def forward(self, images: Tensor, view_counts: list[int], report_ids: Tensor,
@@ -578,14 +584,14 @@ def _pretrained(kind, name: str, key: str, **options):
     """`kind.from_pretrained(name)`; FileNotFoundError that names the setting `key` if it fails."""
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a cut file of weights ends in an error of safetensors' own
         raise FileNotFoundError(f"{key}: cannot load {name!r} as {kind.__name__}: expected a "
                                 f"folder of a Hugging Face model, or a name on the hub that this "
                                 f"machine can reach ({_first_line(error)})") from None
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)  # some say nothing
 
 
 def read_checkpoint(path, owner: str = "VDGen", keys=("model", "config"),

@@ -37,8 +37,8 @@ import configs
 from configs import Config, load_config, parse_config
 from configs.report import write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  epoch_batches, read_studies, require_images)
-from evaluate import evaluate, score, write_reports
+                  epoch_batches, leave_signals, read_studies, require_images)
+from evaluate import evaluate, read_findings, score, write_reports
 from model import (Teacher, VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint)
 
 # What --resume lets a person change: where and how a run is computed, and what helps after trouble.
@@ -110,6 +110,9 @@ def open_run(config: Config, resume: bool) -> tuple[Path, dict | None]:
     """
     folder = Path(config.train.output)
     last = folder / "last.pt"
+    if not last.exists() and (folder / "best.pt").exists():
+        raise ValueError(f"{folder / 'best.pt'} exists and no last.pt to go on from; --set "
+                         f"train.output=FOLDER names another folder")
     if last.exists() and not resume:
         raise ValueError(f"{last} exists: add --resume to go on with that run, or "
                          f"--set train.output=FOLDER for another")
@@ -144,16 +147,26 @@ def _differences(before: dict, now: dict, prefix: str = "") -> list[tuple]:
     return found
 
 
-def open_log(path: Path, step: int, validated: bool) -> TextIO:
-    """log.jsonl, locked against a second run, without what lies behind `step`: that runs again."""
+def written_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def open_log(path: Path, step: int, validated: bool, last: int | None) -> TextIO:
+    """log.jsonl, locked against a second run, without what lies behind `step`: that runs again.
+
+    `last`: when last.pt was written, as it was found before the lock.
+    """
     if ranks()[0]:
         return open(os.devnull, "a")
     file = path.open("a+", encoding="utf-8", buffering=1)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"{path.parent}: another process is training in this folder; wait for it, "
                          f"or use another train.output") from None
+    if written_at(path.with_name("last.pt")) != last:
+        raise ValueError(f"{path.parent}: another process has trained in this folder meanwhile; "
+                         f"start again with --resume, or use another train.output")
     file.seek(0)
     kept = 0
     while step and (text := file.readline()).endswith("\n"):  # a killed run may leave half a line
@@ -254,11 +267,13 @@ class Run:
 def prepare(config: Config, resume: bool) -> Run:
     """All that stands before the first step; --resume brings back what a stopped run had."""
     settings, (rank, world) = config.train, ranks()
+    last = written_at(Path(config.train.output) / "last.pt")
     folder, checkpoint = open_run(config, resume)
     build_demo_if_missing(config.data)
     splits = read_studies(config.data)
     require_batches(len(splits["train"]), settings.batch_size, world)
     require_images(splits, config.data)
+    read_findings(config, [study.id for name in ("val", "test") for study in splits[name]])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(settings.seed)
@@ -274,11 +289,11 @@ def prepare(config: Config, resume: bool) -> Run:
     if checkpoint:
         restore(run, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    run.log = open_log(folder / "log.jsonl", run.step, run.validated)
+    run.log = open_log(folder / "log.jsonl", run.step, run.validated, last)
     if not rank:
         write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     about = header(model, config)
-    if not run.step:
+    if not run.log.tell():  # it is new, or was not copied with last.pt
         write_line(run.log, about)
     elif checkpoint["changed"]:
         write_line(run.log, {"step": run.step, "changed": checkpoint["changed"]})
@@ -351,7 +366,8 @@ def rest_of_epoch(run: Run) -> DataLoader:
     return DataLoader(
         run.dataset, batch_sampler=[batch[rank * share:(rank + 1) * share] for batch in chosen],
         num_workers=run.config.data.num_workers, collate_fn=collate,
-        pin_memory=run.model.device.type == "cuda", generator=torch.Generator())
+        pin_memory=run.model.device.type == "cuda", worker_init_fn=leave_signals,
+        generator=torch.Generator())
 
 
 def on_device(batch: dict, run: Run) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -498,12 +514,23 @@ def finish_step(run: Run, told: int, signals: StopSignals) -> None:
     every = run.config.train.save_every_steps or run.steps
     if told or last_of_epoch or run.step % every == 0:
         save(run, "last.pt")
+    if last_of_epoch:
+        signals.stepping = False  # all is saved: from here on a signal ends the process
+        told = told or told_any_rank(run, signals.told)
     if told:
         print(f"stopped at step {run.step}; --resume goes on from {run.folder / 'last.pt'}")
         sys.exit(128 + told)
     if last_of_epoch:
-        signals.stepping = False  # all is saved
         validate_and_save(run)
+
+
+def told_any_rank(run: Run, told: int) -> int:
+    """The signal that came to this rank behind `read_back`, SIGTERM for another rank's, or 0."""
+    if ranks()[1] == 1:
+        return told
+    stop = torch.tensor(float(told), device=run.model.device)
+    torch.distributed.all_reduce(stop)
+    return told or (signal.SIGTERM if stop else 0)
 
 
 def evaluate_best(run: Run) -> dict | None:

@@ -91,7 +91,7 @@ def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
             if pictures > 1 and image.format != "MPO":  # that is a phone's JPEG with a depth map
                 raise ValueError(f"{pictures} pictures in one file, expected one")
             image.load()
-            with suppress(SyntaxError):  # a broken block of EXIF turns nothing
+            with suppress(Exception):  # a broken block of EXIF turns nothing
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode == "P":
                 image = image.convert("RGBA")  # a palette may hold transparency

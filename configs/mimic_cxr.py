@@ -3,6 +3,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -11,12 +12,15 @@ from tqdm import tqdm
 from configs.archives import LARGEST_TEXT, SPLITS, finish, read_archive, shrink_images
 
 # A heading of a report, at the start of a line: capitals before a colon, or one of the usual names
-# in any case.
+# in any case; or a line that parts the preliminary from the final text, without a colon.
 HEADING = re.compile(
-    r"^[ \t]*((?:[A-Z][A-Z ,/&()-]*[A-Z)])|(?i:findings?(?:[ ]*(?:and|/|&)[ ]*impressions?)?|"
+    r"^[ \t]*(?:(_{10,}|FINAL (?:REPORT|ADDENDUM))[ \t]*$|"
+    r"((?:[A-Z][A-Z ,/&()-]*[A-Z)])|(?i:findings?(?:[ ]*(?:and|/|&)[ ]*impressions?)?|"
     r"impressions?(?:[ ]*(?:and|/|&)[ ]*findings?)?|indications?|(?:clinical )?history|"
     r"comparisons?|techniques?|exam(?:ination)?|reason for exam(?:ination)?|conclusions?|"
-    r"recommendations?|notifications?|wet read|final report))[ \t]*:", re.M)
+    r"recommendations?|notifications?|wet read|final report))[ \t]*:)", re.M)
+# Findings of a first reading, and who was told of them, are not FINDINGS of the final report.
+NOT_FINAL = re.compile("provisional|preliminary|notification|communication")
 
 
 def report_section(text: str, sections: str = "findings") -> str:
@@ -28,9 +32,9 @@ def report_section(text: str, sections: str = "findings") -> str:
     found, headings = {}, list(HEADING.finditer(text))
     for heading, following in zip(headings, [*headings[1:], None]):
         body = text[heading.end():following and following.start()].strip()
-        name = heading[1].lower()
+        name = (heading[1] or heading[2]).lower()
         key = "findings" if "finding" in name else "impression" if "impression" in name else None
-        if key and body.strip("_ \n"):
+        if key and not NOT_FINAL.search(name) and body.strip("_ \n"):
             found[key] = body
     if "findings" not in found:
         return ""
@@ -45,7 +49,10 @@ def read_split(jpg: Path) -> list[dict]:
                                 f"the folder of mimic-cxr-jpg")
     open_table = gzip.open if tables[0].suffix == ".gz" else open
     with open_table(tables[0], "rt", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        try:
+            rows = list(csv.DictReader(file))
+        except (EOFError, OSError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{tables[0]}: not a whole table ({error})") from None
     forms = {"dicom_id": r"[\w-]+", "study_id": r"\d{8}", "subject_id": r"\d{8}",
              "split": "train|validate|test"}
     for row in rows:
@@ -87,6 +94,9 @@ def annotate(jpg: Path, reports: Path, sections: str) -> dict:
             path = f"p{subject[:2]}/p{subject}/s{study}/{row['dicom_id']}.jpg"
             tree[split].append({"id": row["dicom_id"], "study_id": int(study), "split": split,
                                 "subject_id": int(subject), "report": report, "image_path": [path]})
+    if not tree["train"]:
+        raise ValueError(f"--reports {reports}: no training study of {jpg} has a report with "
+                         f"FINDINGS there; expected the reports of MIMIC-CXR")
     return tree
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.archives import open_image
+from configs.archives import leaves, open_image
 
 CASES, PIXELS = 60, 352  # studies, and the longer side of a view: under 3 MB with two views each
 CURVE_POINTS = 300
@@ -44,7 +44,8 @@ def curves(log: Path) -> tuple[dict | None, dict[str, list]]:
     if not log.is_file():
         return None, {}
     text = log.read_text(encoding="utf-8").splitlines()
-    header, *lines = [json.loads(line) for line in text if line.endswith("}")]
+    lines = [json.loads(line) for line in text if line.endswith("}")]
+    header = next((line for line in lines if "versions" in line), None)
     steps, found = [line for line in lines if "report" in line], {}
     size = max(1, math.ceil(len(steps) / CURVE_POINTS))
     for start in range(0, len(steps), size):
@@ -106,7 +107,8 @@ def write_page(path: Path, rows: list[dict], images: Path, shown: dict) -> None:
     for group, chosen in groups.items():
         for i in chosen:
             keys = ("id", "reference", "prediction", "cider", "rouge_l", "tags")
-            films = [thumbnail(images / view, pixels) for view in rows[i].get("image_path", [])]
+            films = [None if leaves(view) else thumbnail(images / view, pixels)  # of other hands
+                     for view in rows[i].get("image_path", [])]
             cases.append({key: rows[i][key] for key in keys}
                          | {"group": group, "rank": rank[i], "views": films})
     points = []

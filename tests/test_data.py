@@ -25,7 +25,7 @@ from configs import Data, parse_config
 from configs.archives import open_image
 from conftest import REPORTS, make_tokenizer
 from configs.demo import DEMO_FINDINGS, TOKENS, build_demo, draw_film, draw_findings, write_report
-from data import (Packed, ReportDataset, Study, clean_iu_xray, clean_mimic_cxr, collate,
+from data import (Packed, ReportDataset, Study, check, clean_iu_xray, clean_mimic_cxr, collate,
                   epoch_batches, read_image, read_studies)
 from evaluate import named_findings
 from model import load_model
@@ -239,6 +239,27 @@ def test_open_image_takes_odd_but_whole_films(tmp_path, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_hurt_block_of_exif_turns_nothing(tmp_path):
+    """Bytes, found by hurting a whole block at random, with which Pillow ends in struct.error."""
+    exif = bytes.fromhex(
+        "4578696600004d4d002a00000008003d0150000200000006000000320112000300000001000600008769000400"
+        "000001cd000038000000006d616b6572000002900000070000000430323330920a000300000002003200010000"
+        "0000")
+    Image.new("L", (20, 24), 7).save(tmp_path / "hurt.jpg", exif=exif)
+    assert open_image(tmp_path / "hurt.jpg").size == (20, 24)
+
+
+def test_check_lists_all_where_no_training_study_is_right(data_root, tmp_path):
+    data_root = shutil.copytree(data_root, tmp_path / "data")
+    tree = json.loads((data_root / "annotation.json").read_text())
+    for study in tree["train"]:
+        study["image_path"] = study["image_path"][0]
+    (data_root / "annotation.json").write_text(json.dumps(tree))
+    problems = check(Data(root=str(data_root)))
+    assert len(problems) == 12 and "expected a list of one path" in problems[0]
+
+
 def test_batches_hold_studies_with_differing_numbers_of_views(data_root):
     """A8, A20, A23: and the end token stands only where the whole report fits."""
     tokenizer, studies = make_tokenizer(), read_studies(Data(root=str(data_root)))["train"]
@@ -275,6 +296,7 @@ def test_epoch_batches_are_a_function_of_seed_and_epoch():
     )
     assert sorted(i for b in epoch_batches(32, 16, 0, 0) for i in b) == list(range(32))
     assert epoch_batches(15, 16, 0, 0) == []
+    assert len(epoch_batches(32, 16, seed=20261127213000, epoch=1)) == 2  # a date and a time
 
 
 def small_demo(root):

@@ -400,6 +400,21 @@ REPORTS = {
         "INDICATION: These findings: cough.\nIMPRESSION: No findings: none.",
         "",
     ),
+    "first reading": (
+        "PROVISIONAL FINDINGS IMPRESSION (PFI): ___ 12:37 PM\n  Line in the atrium.\n"
+        " ______________________\n                FINAL REPORT\n IMPRESSION: As above.",
+        "",
+    ),
+    "first reading, then findings": (
+        "PROVISIONAL FINDINGS IMPRESSION (PFI): Line.\n FINAL REPORT\n FINDINGS: Clear.\n"
+        " NOTIFICATION OF FINDINGS: Dr. ___ was paged.",
+        "Clear.",
+    ),
+    "addendum": (
+        "FINDINGS: Clear.\n ______________________\n FINAL ADDENDUM\n Seen with Dr. ___ ___",
+        "Clear.",
+    ),
+    "blanked out at the end": ("FINDINGS: Told to Dr. ___\nIMPRESSION: x", "Told to Dr. ___"),
     "none": (" FINAL REPORT\n AP chest compared to ___:\n Lungs are clear.\n", ""),
     "empty": ("", ""),
 }
@@ -450,6 +465,19 @@ def physionet(tmp_path):
         for path in sorted(text.rglob("*.txt")):
             archive.write(path, path.relative_to(text))
     return jpg, text
+
+
+def test_mimic_cxr_of_broken_or_foreign_files(physionet, tmp_path, monkeypatch):
+    jpg, text = physionet
+    for path in text.rglob("*.txt"):
+        path.write_text("IMPRESSION: Only that.")
+    build = ("mimic_cxr", "--out", tmp_path / "out", "--jpg", jpg, "--reports", text)
+    with pytest.raises(ValueError, match="no training study .* has a report with FINDINGS"):
+        run_main(monkeypatch, *build)
+    table = jpg / "mimic-cxr-2.0.0-split.csv.gz"
+    table.write_bytes(table.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="split.csv.gz: not a whole table"):
+        run_main(monkeypatch, *build)
 
 
 def test_mimic_cxr_is_built_from_physionets_folders(physionet, tmp_path, monkeypatch):

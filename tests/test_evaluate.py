@@ -658,6 +658,24 @@ def test_curves_are_means_of_equal_pieces(tmp_path):
     )
     assert found["vse"][0] == [2, 0.0] and found["CIDEr"] == [[299, 0.3]] and "did" not in found
     assert report.curves(tmp_path / "none.jsonl") == (None, {})
+    for lost, at in (("", {}), ('{"step": 4, "changed": {}}\n', {})):  # of a run without its log
+        (tmp_path / "log.jsonl").write_text(lost)
+        assert report.curves(tmp_path / "log.jsonl") == (None, at)
+
+
+def test_the_page_shows_no_picture_from_elsewhere(tmp_path):
+    """Another person's rows may name any path of this machine."""
+    Image.new("L", (8, 8), 3).save(tmp_path / "secret.png")
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("L", (8, 8), 3).save(images / "own.png")
+    views = [str(tmp_path / "secret.png"), "../secret.png", "own.png"]
+    row = dict(id="a", prediction="x", reference="x", image_path=views, cider=1.0, rouge_l=1.0,
+               tags=None)
+    report.write_page(tmp_path / "test_report.html", [row], images,
+                      {"split": "test", "names": [], "config": {}, "metrics": {}, "tagger": None})
+    films = page_data(tmp_path / "test_report.html")["cases"][0]["views"]
+    assert films[:2] == [None, None] and films[2]
 
 
 def test_page_tags_findings(tmp_path):

@@ -1,8 +1,10 @@
 """The model: what reaches which loss, what trains and what stays, and the sizes of the paper."""
+import json
 import os
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaForCausalLM
 
 from configs import PROMPT, Generate
@@ -322,6 +324,34 @@ def test_an_encoder_whose_output_is_a_map(make_model, tmp_path, kind):
     assert reached(model.train(), model(**batch)[0]["did"]) == {"vision", "norm", "did_head"}
 
 
+@pytest.mark.parametrize("kind, sizes, unused", [
+    ("Dinov2", dict(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=1,
+                    num_attention_heads=2), {"embeddings.mask_token"}),
+    ("ConvNext", dict(image_size=32, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1]),
+     {"layernorm.weight", "layernorm.bias"}),
+    ("Swinv2", dict(image_size=32, patch_size=4, window_size=4, embed_dim=8, depths=[1, 1],
+                    num_heads=[1, 2]), set()),
+    ("PvtV2", dict(image_size=[32, 32], hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1],
+                   num_attention_heads=[1, 1, 2, 2]), set())])
+def test_encoders_of_other_families(make_model, tmp_path, kind, sizes, unused):
+    """Buffers in no checkpoint, two sizes of an image, and parameters that X^e does not depend on.
+
+    The latter are frozen, since torchrun would wait for their gradient, and all others train.
+    """
+    encoder = getattr(transformers, kind + "Model")(getattr(transformers, kind + "Config")(**sizes))
+    encoder.save_pretrained(tmp_path / "vision")
+    (tmp_path / "vision/preprocessor_config.json").write_text(json.dumps(dict(
+        image_processor_type="ViTImageProcessor", image_mean=[0.5] * 3, image_std=[0.25] * 3)))
+    model = make_model(f"model.vision={tmp_path / 'vision'}").train()
+    assert model.image_size == 32
+    frozen = {name for name, p in model.vision.named_parameters() if not p.requires_grad}
+    assert frozen == unused
+    model.encode(make_batch(model)["images"], [1] * 7).square().sum().backward()
+    without = {name for name, p in model.vision.named_parameters() if p.grad is None}
+    assert without == unused
+    model.load_trained_state(model.trained_state())
+
+
 @pytest.mark.parametrize("momentum", [0.001, 0.99])
 def test_generation_normalises_by_the_last_films(make_model, tmp_path, momentum):
     """A11: whatever the folder says, not by what a pretraining saw, and not by the last batch.
@@ -608,7 +638,8 @@ def test_checkpoint_with_code_in_it_is_not_run(tmp_path):
     torch.save(dict(model=Evil(), config={}), tmp_path / "bad.pt")
     (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in ("bad.pt", "junk.pt", "list.pt"):
+    (tmp_path / "empty.pt").write_bytes(b"")  # torch's error has no words
+    for name in ("bad.pt", "junk.pt", "list.pt", "empty.pt"):
         with pytest.raises(ValueError, match="not a checkpoint"):
             read_checkpoint(tmp_path / name)
     assert not (tmp_path / "evil").exists()

@@ -1,5 +1,6 @@
 """What a run survives: kills, signals, a full disk, a second run; and several ranks that equal
 one process."""
+import errno
 import io
 import json
 import os
@@ -189,19 +190,65 @@ def test_twenty_kills_of_a_demo_run(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_finish_the_step_save_and_exit(config_file, tmp_path, number, code):
+def test_signals_finish_the_step_save_and_exit(config_file, tmp_path, number, code, workers):
+    """Of the whole group of processes, as Ctrl-C in a terminal: a loader's workers get it, too."""
     # nothing is saved within an epoch
-    settings = ("train.epochs=40", "train.max_steps=100", "generate.max_new_tokens=2")
+    settings = ("train.epochs=40", "train.max_steps=100", "generate.max_new_tokens=2",
+                f"data.num_workers={workers}")
     process = start(config_file("run", *settings), ranks=1)
     wait_for_step(process, tmp_path / "run", 2)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in errors, errors
     steps = [line["step"] for line in log_of(tmp_path / "run") if "val" not in line]
     assert read_checkpoint(tmp_path / "run/last.pt")["step"] == steps[-1] < 100
     # at the end of an epoch all is saved
     assert f"stopped at step {steps[-1]}; --resume goes on" in out or steps[-1] % 4 == 0
+
+
+@pytest.mark.parametrize("last", [4, 8])
+def test_a_signal_while_the_end_of_an_epoch_is_saved(make_config, tmp_path, monkeypatch, last):
+    """It ends the run before the validation, behind the last step of all, too."""
+    config = make_config("train.epochs=2")
+    saving = training.save
+
+    def told(run, name):
+        if (run.step, run.validated) == (last, False):
+            os.kill(os.getpid(), signal.SIGTERM)
+        saving(run, name)
+    monkeypatch.setattr(training, "save", told)
+    with pytest.raises(SystemExit) as ended:
+        training.train(config)
+    assert ended.value.code == 143
+    lines = log_of(tmp_path / "run")
+    assert lines[-1]["step"] == last and "val" not in lines[-1]
+    kept = read_checkpoint(tmp_path / "run/last.pt")
+    assert (kept["step"], kept["validated"]) == (last, False)
+
+
+def test_a_run_that_ended_while_another_began_is_kept(make_config, tmp_path, monkeypatch):
+    """The second looked for last.pt, read its model for a minute, and only then locks the log."""
+    config, loading = make_config("train.max_steps=1"), training.load_model
+
+    def meanwhile(config):
+        monkeypatch.setattr(training, "load_model", loading)
+        training.train(config)
+        return loading(config)
+    monkeypatch.setattr(training, "load_model", meanwhile)
+    with pytest.raises(ValueError, match="another process has trained in this folder meanwhile"):
+        training.train(config, resume=True)
+    assert read_checkpoint(tmp_path / "run/last.pt")["step"] == 1
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 1]
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(training.fcntl, "lockf", none)
+    with pytest.raises(OSError, match="No locks available"):
+        training.open_log(tmp_path / "log.jsonl", 0, True, None)
 
 
 def test_a_second_run_into_the_same_folder_is_refused(config_file, tmp_path):
@@ -294,7 +341,7 @@ def test_log_holds_each_step_once(tmp_path):
         (0, True, 0),
     ):
         (tmp_path / "log.jsonl").write_text(text + '{"step": 4, "rep')
-        with training.open_log(tmp_path / "log.jsonl", step, validated) as file:
+        with training.open_log(tmp_path / "log.jsonl", step, validated, None) as file:
             file.write('{"step": 9}\n')
         left = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         assert left == lines[:kept] + [{"step": 9}]

@@ -203,6 +203,36 @@ def test_nothing_is_overwritten_silently(make_config, capsys):
         train(make_config("train.max_steps=1", "train.seed=43"), resume=True)
     # free to change
     train(make_config("train.max_steps=1", "train.save_every_steps=7"), resume=True)
+    Path(make_config().train.output, "last.pt").unlink()  # to save space: best.pt is the result
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="best.pt exists and no last.pt to go on from"):
+            train(make_config("train.max_steps=1"), resume)
+
+
+def test_a_run_goes_on_without_its_log(make_config, tmp_path):
+    """last.pt and best.pt alone were copied to another machine."""
+    train(make_config("train.max_steps=1"))
+    (tmp_path / "run/log.jsonl").unlink()
+    train(make_config("train.max_steps=2"), resume=True)
+    first, step, *_ = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert "versions" in first and step["step"] == 2
+
+
+def test_broken_findings_are_named_before_training(make_config, data_root, tmp_path):
+    data_root = shutil.copytree(data_root, tmp_path / "data")
+    ids = [study["id"] for split in json.loads((data_root / "annotation.json").read_text()).values()
+           for study in split]
+    held = {name: [dict(finding="nodule", side=None, extent=None)] for name in ids}
+    good = dict(phrases={"nodule": ["nodules?"]}, sides={}, extents={}, studies=held)
+    path = data_root / "findings.json"
+    for broken in (dict(phrases={"nodule": ["(nodule"]}), dict(studies={ids[0]: [{}]}),
+                   dict(studies=held | {ids[1]: [dict(finding="mass", side=None, extent=None)]}),
+                   dict(sides=None)):
+        path.write_text(json.dumps(good | broken))
+        with pytest.raises(ValueError, match="findings.json: expected `phrases`, `sides`"):
+            prepare(make_config(f"data.root={data_root}"), resume=False)
+    path.write_text(json.dumps(good))
+    prepare(make_config(f"data.root={data_root}"), resume=False).log.close()
 
 
 @pytest.mark.parametrize("cpu, precision", [("AVX2", "bf16"), ("AVX2", "fp32"), ("AVX512", "bf16")])
@@ -430,6 +460,8 @@ def test_fewer_studies_than_a_batch(make_config):
     ("train.py", ["--config", "configs/iu_xray.yaml", "--set", "data.root=/nowhere"],
      "error: data.root: there is no"),
     ("evaluate.py", ["--checkpoint", "none.pt"], "error: checkpoint none.pt: no such file"),
+    ("evaluate.py", ["--checkpoint", "none.pt", "--chexbert", "none.pth"],
+     "error: --chexbert none.pth: no such file"),
     ("evaluate.py", ["--predictions", "none.jsonl"],
      "error: --predictions none.jsonl: no such file"),
 ])
