@@ -14,7 +14,6 @@ import json
 import os
 import pickle
 import re
-import signal
 import sys
 from array import array
 from collections.abc import Callable, Sequence
@@ -249,10 +248,12 @@ def collate(items: list[dict]) -> dict:
             "report_lengths": [len(report) for report in reports]}
 
 
-def leave_signals(worker: int) -> None:
-    """A loader's worker leaves Ctrl-C, which reaches a whole group, to the process it reads for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def own_group(worker: int) -> None:
+    """Puts a loader's worker where Ctrl-C, which reaches a whole group of processes, does not.
+
+    Its death would end the step under way. The process that it reads for can still end it.
+    """
+    os.setpgrp()
 
 
 def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -34,7 +34,7 @@ from configs import Config, load_config, parse_config
 from configs.findings import named_findings, named_in_each
 from configs.report import write_page, write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  image_problem, leave_signals, read_image, read_studies)
+                  image_problem, own_group, read_image, read_studies)
 from model import (CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks,
                    read_checkpoint)
 
@@ -489,7 +489,7 @@ def write_reports(model: VDGen,
     loader = DataLoader(
         dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
         num_workers=data.num_workers, collate_fn=collate, pin_memory=model.device.type == "cuda",
-        worker_init_fn=leave_signals,
+        worker_init_fn=own_group,
         generator=torch.Generator())  # its own: a validation must not change the state of training
     was_training, reports, visual_embeds = model.training, {}, {}
     model.eval()

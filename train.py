@@ -37,7 +37,7 @@ import configs
 from configs import Config, load_config, parse_config
 from configs.report import write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  epoch_batches, leave_signals, read_studies, require_images)
+                  epoch_batches, own_group, read_studies, require_images)
 from evaluate import evaluate, read_findings, score, write_reports
 from model import (Teacher, VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint)
 
@@ -366,7 +366,7 @@ def rest_of_epoch(run: Run) -> DataLoader:
     return DataLoader(
         run.dataset, batch_sampler=[batch[rank * share:(rank + 1) * share] for batch in chosen],
         num_workers=run.config.data.num_workers, collate_fn=collate,
-        pin_memory=run.model.device.type == "cuda", worker_init_fn=leave_signals,
+        pin_memory=run.model.device.type == "cuda", worker_init_fn=own_group,
         generator=torch.Generator())
 
 

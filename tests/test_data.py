@@ -26,7 +26,7 @@ from configs.archives import open_image
 from conftest import REPORTS, make_tokenizer
 from configs.demo import DEMO_FINDINGS, TOKENS, build_demo, draw_film, draw_findings, write_report
 from data import (Packed, ReportDataset, Study, check, clean_iu_xray, clean_mimic_cxr, collate,
-                  epoch_batches, read_image, read_studies)
+                  epoch_batches, own_group, read_image, read_studies)
 from evaluate import named_findings
 from model import load_model
 
@@ -237,6 +237,17 @@ def test_open_image_takes_odd_but_whole_films(tmp_path, recwarn):
         grey.save(tmp_path / f"exif.{kind}", exif=b"Exif\0\0garbage, not TIFF")
         assert open_image(tmp_path / f"exif.{kind}").size == (20, 24)
     assert not recwarn.list
+
+
+def test_a_worker_is_out_of_reach_of_ctrl_c_and_can_be_ended():
+    loader = DataLoader(range(99), num_workers=1, worker_init_fn=own_group)
+    read = iter(loader)
+    next(read)
+    worker, = multiprocessing.active_children()
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)
+    worker.terminate()  # as Python does when a process ends whose loader is still there
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 @pytest.mark.filterwarnings("ignore")
