@@ -584,6 +584,8 @@ def _pretrained(kind, name: str, key: str, **options):
     """`kind.from_pretrained(name)`; FileNotFoundError that names the setting `key` if it fails."""
     try:
         return kind.from_pretrained(name, **options)
+    except RuntimeError:  # too little memory, for one, is no fault of the folder
+        raise
     except Exception as error:  # a cut file of weights ends in an error of safetensors' own
         raise FileNotFoundError(f"{key}: cannot load {name!r} as {kind.__name__}: expected a "
                                 f"folder of a Hugging Face model, or a name on the hub that this "

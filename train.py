@@ -507,6 +507,15 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+def told_any_rank(run: Run, told: int) -> int:
+    """The signal that came to this rank behind `read_back`, SIGTERM for another rank's, or 0."""
+    if ranks()[1] == 1:
+        return told
+    stop = torch.tensor(float(told), device=run.model.device)
+    torch.distributed.all_reduce(stop)
+    return told or (signal.SIGTERM if stop else 0)
+
+
 def finish_step(run: Run, told: int, signals: StopSignals) -> None:
     """Save after every so many steps, end where a signal (`told`) asks, validate after an epoch."""
     last_of_epoch = run.step % run.epoch_steps == 0 or run.step == run.steps
@@ -522,15 +531,6 @@ def finish_step(run: Run, told: int, signals: StopSignals) -> None:
         sys.exit(128 + told)
     if last_of_epoch:
         validate_and_save(run)
-
-
-def told_any_rank(run: Run, told: int) -> int:
-    """The signal that came to this rank behind `read_back`, SIGTERM for another rank's, or 0."""
-    if ranks()[1] == 1:
-        return told
-    stop = torch.tensor(float(told), device=run.model.device)
-    torch.distributed.all_reduce(stop)
-    return told or (signal.SIGTERM if stop else 0)
 
 
 def evaluate_best(run: Run) -> dict | None:

@@ -1,6 +1,7 @@
 """The model: what reaches which loss, what trains and what stays, and the sizes of the paper."""
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -652,6 +653,14 @@ def test_missing_backbone_is_named(make_model):
         make_model("model.llm=/nowhere/llm")
     with pytest.raises(FileNotFoundError, match="model.vision"):
         make_model("model.vision=/nowhere/swin")
+
+
+def test_cut_weights_are_named(make_model, backbones, tmp_path):
+    folder = shutil.copytree(backbones / "llama", tmp_path / "llama")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FileNotFoundError, match="model.llm: cannot load .*llama"):
+        make_model(f"model.llm={folder}")
 
 
 def test_paper_scale_on_the_meta_device():
