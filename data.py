@@ -157,7 +157,7 @@ def _read_annotation(path: Path, dataset: str) -> dict:
 
 
 def _study(entry, place: str, dataset: str, seen: set, sections: str | None) -> Study:
-    """Check one entry of the annotation."""
+    """The Study of one entry of the annotation, which is checked; its id joins `seen`."""
     expected = "expected a study with id, report and image_path"
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: got {entry!r:.100}, {expected}")
@@ -258,7 +258,7 @@ def own_group(worker: int) -> None:
 
 def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The shuffled batches of an epoch, by its arguments alone; no incomplete last one (A22)."""
-    # A prime: no two (seed, epoch) in use collide.
+    # Distinct for each (seed, epoch): no run has 1,000,003 epochs.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(studies, generator=generator).tolist()
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]
@@ -333,6 +333,7 @@ def build_once(out: Path, build: Callable[[], None]) -> None:
 
 
 def build_demo_if_missing(data: configs.Data) -> None:
+    """The demo makes its own data and its two models; any other dataset must be there."""
     def build() -> None:
         print(f"{data.root}: not there yet; drawing the demo and pretraining its two models, some "
               "eight minutes", flush=True)

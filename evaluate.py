@@ -79,7 +79,7 @@ def score(predictions: dict[str, str], references: dict[str, str],
 
 
 def text_statistics(pairs: list[tuple[str, str]]) -> np.ndarray:
-    """(12, N): of each (prediction, reference), what the scores of a corpus are made of by sums.
+    """(12, N): of each (prediction, reference) the numbers whose sums give a corpus's scores.
 
     The rows: the ten of `bleu_counts`, ROUGE-L, CIDEr-D, whose idf is that of all references here.
     """
@@ -136,7 +136,10 @@ def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
 
 
 def rouge_l(prediction: str, reference: str, beta: float = 1.2) -> float:
-    """ROUGE-L (Lin, 2004): F of the longest common subsequence, recall beta^2 times as heavy."""
+    """ROUGE-L (Lin, 2004): F of the longest common subsequence, recall beta^2 times as heavy.
+
+    Split at single blanks, as pycocoevalcap does.
+    """
     ours, theirs = prediction.split(" "), reference.split(" ")
     places: dict[str, int] = {}
     for i, word in enumerate(ours):
@@ -189,6 +192,7 @@ class CiderD:
 
     @staticmethod
     def _similarity(ours, theirs, sigma: float = 6.0) -> float:
+        """Of two results of `_vector`."""
         total = 0.0
         for our, their, our_norm, their_norm in zip(ours[0], theirs[0], ours[1], theirs[1]):
             dot = sum(min(w, their[gram]) * their[gram] for gram, w in our.items() if gram in their)
@@ -374,7 +378,7 @@ def study_statistics(predictions: dict[str, str], references: dict[str, str],
 
 
 def label_statistics(named: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """(2 L, N) of (N, L) bool: for each label twice what is both; then what is named plus true."""
+    """(2 L, N) of (N, L) bool: F1's numerators, 2 (named and true); then named + true of each."""
     return np.vstack([2.0 * (named & true).T, 1.0 * named.T + true.T])
 
 
@@ -541,7 +545,7 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
     cut = {row["id"]: row["reference_cut"] for row in rows if row.get("reference_cut") is not None}
     spec = read_findings(config, predictions)
 
-    scored = []  # every table of scores, and the pairs that it is of
+    scored = []  # every table of scores, and its pairs: METEOR is added at the end, by one Java
 
     def table(texts: dict[str, str], against: dict[str, str], text: dict[str, float]) -> dict:
         scores = {"n": len(texts), "distinct": len(set(texts.values())), **text}

@@ -67,11 +67,11 @@ class VDGen(nn.Module):
         self.vision = vision.requires_grad_()
         size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2 where any will do
         self.image_size = size if isinstance(size, int) else size[0]
-        hidden = self.probe_encoder()
+        shape = self.measure_encoder()
         for layer in vision.modules():  # A11: an encoder of Sec. 3.1 may have some; Swin has none
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = BATCH_NORM_MOMENTUM
-        D = hidden[1 if len(hidden) == 4 else 2]  # of a map, or of tokens
+        D = shape[1 if len(shape) == 4 else 2]  # of a map, or of tokens
         D_h = llm.config.hidden_size
         self.norm = nn.LayerNorm(D)
 
@@ -115,8 +115,8 @@ class VDGen(nn.Module):
         enabled = self.config.train.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def probe_encoder(self) -> torch.Size:
-        """(1, S, D) or (1, D, h, w), of X^e; from one pass on the meta device.
+    def measure_encoder(self) -> torch.Size:
+        """The shape of X^e, (1, S, D) or (1, D, h, w), from one pass on the meta device.
 
         No two families of encoders name these sizes alike in their configs. What X^e does not
         depend on, such as a token for masked patches, is frozen: DDP would wait for its gradient.
@@ -142,7 +142,7 @@ class VDGen(nn.Module):
         Args:
             images, view_counts: see `encode`.
             report_ids: (B, L) token ids, end token included (A20), padded on the right with any id.
-            report_lengths: B numbers >= 1, how many of them count; rising, least is padded.
+            report_lengths: B numbers >= 1, how many of them count; sorted, least is padding.
             teacher_embed: (B, D_t) y of the reports (see `Teacher`); None if `did_weight` is 0.
         Returns:
             terms: {"vse": ..., "did": ..., "report": ...}, scalars in nats; one of weight 0 is left
@@ -196,7 +196,7 @@ class VDGen(nn.Module):
 
     def report_term(self, visual_tokens: Tensor, report_ids: Tensor,
                     report_lengths: list[int]) -> Tensor:
-        """Sec. 3.4, Eq. 2: the report loss behind visual tokens (B, S, D). Arguments: `forward`."""
+        """Sec. 3.4, Eq. 2: the report loss after visual tokens (B, S, D). Arguments: `forward`."""
         prompt, embed = self.embed_prompt(visual_tokens), self.causal_lm.get_input_embeddings()
         P, hidden, targets = prompt.shape[1], [], []
         together = LIKE_LENGTH if self.device.type == "cpu" else len(report_lengths)
@@ -208,6 +208,7 @@ class VDGen(nn.Module):
             # mask: no other is needed.
             inputs = torch.cat([prompt[group], embed(ids[:, :-1])], dim=1)
             states = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            # Place P - 1, the prompt's last, predicts the first token of the report.
             hidden += [row[P - 1:P - 1 + n] for row, n in zip(states, lengths)]
             targets += [row[:n] for row, n in zip(ids, lengths)]
         lm_head = self.causal_lm.get_output_embeddings()
@@ -226,7 +227,7 @@ class VDGen(nn.Module):
 
         Arguments: `encode`. Returns: B reports, and h (B, D).
         """
-        # PEFT would cast to float32, and autocast back.
+        # Else PEFT casts LoRA's inputs to float32, and autocast casts them back.
         with self.autocast(), disable_input_dtype_casting(self.llm):
             visual_tokens = self.encode(images, view_counts)
             prompt = self.embed_prompt(visual_tokens)
@@ -234,7 +235,7 @@ class VDGen(nn.Module):
         return [self.decode(ids) for ids in written.tolist()], visual_tokens.mean(dim=1)
 
     def decode(self, ids: list[int]) -> str:
-        """Text up to the end token; padding behind it may be any token (A9)."""
+        """Text up to the end token; padding after it may be any token (A9)."""
         ids = ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids
         text = self.tokenizer.decode(ids, skip_special_tokens=True,
                                      clean_up_tokenization_spaces=False)
@@ -268,8 +269,8 @@ class VDGen(nn.Module):
 def visual_projection(D: int, words: Tensor) -> nn.Linear:
     """A7: from X^e (deviation 1 in each view) to the LLM's width; begins at the scale of its words.
 
-    PyTorch's default would begin with a deviation of 3**-0.5, which is 4 times that of the words of
-    SmolLM2-135M: an LLM has never read tokens of that size.
+    PyTorch's default, weights uniform within D**-0.5, would begin with a deviation of 3**-0.5, 4
+    times that of the words of SmolLM2-135M: an LLM has never read tokens of that size.
 
     Args: words: (vocabulary, D_h), the LLM's input embeddings.
     """
@@ -307,7 +308,7 @@ def load_model(config: Config) -> VDGen:
     return VDGen(config, vision, llm, tokenizer, width, processor.image_mean, processor.image_std)
 
 
-# Decoding (Eq. 7) ---------------------------------------------------------------------------------
+# The LLM's attention ------------------------------------------------------------------------------
 
 def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
                       attention_mask: Tensor | None, scaling: float, dropout: float = 0.0,
@@ -348,6 +349,8 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 
 AttentionInterface.register("grouped", grouped_attention)
 
+
+# Decoding (Eq. 7) ---------------------------------------------------------------------------------
 
 class _CacheLayer(DynamicLayer):
     """The keys and values of one layer of the LLM, with room for their final length.
@@ -391,7 +394,7 @@ def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int)
     Args:
         prompt: (B, P, D_h), without padding.
     Returns:
-        (B, max_new_tokens) ids, `eos_id` behind the end.
+        (B, max_new_tokens) ids, `eos_id` after the end.
     """
     (B, P, _), device = prompt.shape, prompt.device
     N, length = settings.num_beams, settings.max_new_tokens
@@ -649,7 +652,7 @@ class CheXbert(nn.Module):
     def label(self, reports: list[str], batch_size: int = 32) -> list[list[int]]:
         """The classes of each report, one for each of CONDITIONS.
 
-        Blanks are collapsed, and what lies behind 512 tokens is not read.
+        Blanks are collapsed, and what comes after 512 tokens is not read.
         """
         texts = [" ".join(report.split()) for report in reports]
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -731,7 +734,7 @@ def ranks() -> tuple[int, int]:
 
 
 def join_ranks() -> None:
-    """Under torchrun: join the group of processes. Ranks behind the first print only errors."""
+    """Under torchrun: join the group of processes. Ranks after the first print only errors."""
     if "RANK" not in os.environ:
         return
     device = None

@@ -152,7 +152,7 @@ def written_at(path: Path) -> int | None:
 
 
 def open_log(path: Path, step: int, validated: bool, last: int | None) -> TextIO:
-    """log.jsonl, locked against a second run, without what lies behind `step`: that runs again.
+    """log.jsonl, locked against a second run, without what comes after `step`: that runs again.
 
     `last`: when last.pt was written, as it was found before the lock.
     """
@@ -219,30 +219,6 @@ def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> Teacher:
     return Teacher(kept["embeddings"], torch.tensor([row[report] for report in reports]))
 
 
-def advice(log: TextIO, config: Config) -> list[str]:
-    """What the last steps of log.jsonl say of terms that do not do their work: one line each.
-
-    It reads through the open file: opening it again would give its lock away.
-    """
-    log.seek(0)
-    lines = [json.loads(line) for line in log]
-    lines = [line for line in lines if "did" in line][-ADVICE_LAST:]
-    if not lines:
-        return []
-
-    def mean(key: str) -> float:
-        return sum(line.get(key, 0) for line in lines) / len(lines)
-    found, chance, n = [], math.log(config.train.batch_size), len(lines)
-    if mean("did") > 0.98 * chance:
-        found.append(f"DID is {mean('did'):.3f} over the last {n} steps, chance is {chance:.3f}: "
-                     f"the encoder has learned nothing of the reports (is it pretrained?)")
-    ratio = mean("pull_vse") / max(mean("pull_did"), 1e-12)
-    if ratio > 10:
-        found.append(f"VSE pulls the encoder {ratio:.0f} times as hard as DID over the last {n} "
-                     f"steps; a higher loss.vse_temperature weakens it (A3)")
-    return found
-
-
 @dataclass
 class Run:
     """What a run works with, and where it stands."""
@@ -262,6 +238,45 @@ class Run:
     best: float = -math.inf      # the highest validation so far
     validated: bool = True       # False between the last step of an epoch and its validation
     written: tuple | None = None  # what the best validation wrote
+
+
+def require_batches(studies: int, batch_size: int, world: int) -> None:
+    """ValueError where the training studies fill no batch (A22), or the ranks cannot share one."""
+    if studies < batch_size:
+        raise ValueError(f"train.batch_size: {studies} training studies do not fill one batch of "
+                         f"{batch_size} (A22); lower it, or raise data.limit")
+    if batch_size % world:
+        raise ValueError(f"train.batch_size: {batch_size} studies cannot be shared by {world} "
+                         f"ranks equally")
+
+
+def restore(run: Run, checkpoint: dict) -> None:
+    """Weights, optimizer and place of a last.pt; the random state follows when all is ready."""
+    run.model.load_trained_state(checkpoint["model"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.optimizer.param_groups[0]["weight_decay"] = run.config.train.weight_decay  # the one of now
+    run.step, run.best, run.validated = (checkpoint[key] for key in ("step", "best", "validated"))
+
+
+def announce(run: Run, about: dict) -> None:
+    """One line of what the run is; one more where its precision makes it slow."""
+    settings = run.config.train
+    sizes = ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in about["parameters"].items())
+    print(f"{run.folder}: {len(run.dataset)} training studies, {run.steps} steps of batch "
+          f"{settings.batch_size}, lr {settings.lr} to {settings.min_lr}, on {about['device']}; "
+          f"parameters {sizes}")
+    only_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no instruction for bfloat16
+    if run.model.device.type == "cpu" and settings.precision == "bf16" and only_avx2:
+        print("note: this CPU computes bfloat16 slowly (AVX2); --set train.precision=fp32 takes a "
+              "fraction of the time")
+
+
+def shared_by_ranks(model: VDGen) -> nn.Module:
+    """The model for DDP. All ranks have read the same frozen LLM: it is not sent around again."""
+    named = chain(model.named_parameters(), model.named_buffers())
+    model._ddp_params_and_buffers_to_ignore = [name for name, p in named if not p.requires_grad]
+    device = [model.device] if model.device.type == "cuda" else None
+    return DistributedDataParallel(model, device)
 
 
 def prepare(config: Config, resume: bool) -> Run:
@@ -311,44 +326,7 @@ def prepare(config: Config, resume: bool) -> Run:
     return run
 
 
-def announce(run: Run, about: dict) -> None:
-    """One line of what the run is; one more where its precision makes it slow."""
-    settings = run.config.train
-    sizes = ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in about["parameters"].items())
-    print(f"{run.folder}: {len(run.dataset)} training studies, {run.steps} steps of batch "
-          f"{settings.batch_size}, lr {settings.lr} to {settings.min_lr}, on {about['device']}; "
-          f"parameters {sizes}")
-    only_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no instruction for bfloat16
-    if run.model.device.type == "cpu" and settings.precision == "bf16" and only_avx2:
-        print("note: this CPU computes bfloat16 slowly (AVX2); --set train.precision=fp32 takes a "
-              "fraction of the time")
-
-
-def require_batches(studies: int, batch_size: int, world: int) -> None:
-    """ValueError where the training studies fill no batch (A22), or the ranks cannot share one."""
-    if studies < batch_size:
-        raise ValueError(f"train.batch_size: {studies} training studies do not fill one batch of "
-                         f"{batch_size} (A22); lower it, or raise data.limit")
-    if batch_size % world:
-        raise ValueError(f"train.batch_size: {batch_size} studies cannot be shared by {world} "
-                         f"ranks equally")
-
-
-def restore(run: Run, checkpoint: dict) -> None:
-    """Weights, optimizer and place of a last.pt; the random state follows when all is ready."""
-    run.model.load_trained_state(checkpoint["model"])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.optimizer.param_groups[0]["weight_decay"] = run.config.train.weight_decay  # the one of now
-    run.step, run.best, run.validated = (checkpoint[key] for key in ("step", "best", "validated"))
-
-
-def shared_by_ranks(model: VDGen) -> nn.Module:
-    """The model for DDP. All ranks have read the same frozen LLM: it is not sent around again."""
-    named = chain(model.named_parameters(), model.named_buffers())
-    model._ddp_params_and_buffers_to_ignore = [name for name, p in named if not p.requires_grad]
-    device = [model.device] if model.device.type == "cuda" else None
-    return DistributedDataParallel(model, device)
-
+# A step -------------------------------------------------------------------------------------------
 
 def batches(run: Run) -> Iterator[dict]:
     """What is left of the run, batch by batch; of each, this rank's share."""
@@ -389,27 +367,29 @@ def pulls_of_heads(terms: dict[str, Tensor], weights: configs.Loss,
 
 
 def read_back(values: dict[str, Tensor], pulls: dict[str, Tensor],
-              told: int) -> tuple[dict[str, float], int]:
+              stop_signal: int) -> tuple[dict[str, float], int]:
     """The numbers of a step, means over the ranks: the one time that a step waits for the device.
 
     Args:
         values: scalars.
         pulls: gradients at this rank's part of X^e; the norm over the whole batch is wanted.
-        told: the signal that told this rank to stop, or 0.
+        stop_signal: the one that this rank got, or 0.
     Returns:
-        values and `pull_*`; the signal that told any rank to stop, or 0.
+        values and `pull_*`; the signal that any rank got, or 0.
     """
     world = ranks()[1]
+    # A rank's gradient at X^e is `world` times the batch's, since DDP takes the mean: its square is
+    # divided by `world` twice, here and below.
     squares = {f"pull_{name}": gradient.square().sum() / world for name, gradient in pulls.items()}
     names, rows = zip(*(values | squares).items())
-    stop = torch.full_like(rows[0], float(told))
+    stop = torch.full_like(rows[0], float(stop_signal))
     numbers = torch.stack([*rows, stop]).detach() / world
     if world > 1:
         torch.distributed.all_reduce(numbers)
     *numbers, stop = numbers.tolist()
     found = dict(zip(names, numbers))
     found |= {name: math.sqrt(found[name]) for name in squares}
-    return found, told or (signal.SIGTERM if stop else 0)
+    return found, stop_signal or (signal.SIGTERM if stop else 0)
 
 
 def require_finite(values: dict[str, float], run: Run) -> None:
@@ -422,6 +402,30 @@ def require_finite(values: dict[str, float], run: Run) -> None:
     hint = f" with --resume: {last} holds a step before it" if last.exists() else ""
     raise ValueError(f"step {run.step + 1}: the {what} is {values[bad]}; try a lower train.lr"
                      + hint)
+
+
+def advice(log: TextIO, config: Config) -> list[str]:
+    """What the last steps of log.jsonl say of terms that do not do their work: one line each.
+
+    It reads through the open file: opening it again would give its lock away.
+    """
+    log.seek(0)
+    lines = [json.loads(line) for line in log]
+    lines = [line for line in lines if "did" in line][-ADVICE_LAST:]
+    if not lines:
+        return []
+
+    def mean(key: str) -> float:
+        return sum(line.get(key, 0) for line in lines) / len(lines)
+    found, chance, n = [], math.log(config.train.batch_size), len(lines)
+    if mean("did") > 0.98 * chance:
+        found.append(f"DID is {mean('did'):.3f} over the last {n} steps, chance is {chance:.3f}: "
+                     f"the encoder has learned nothing of the reports (is it pretrained?)")
+    ratio = mean("pull_vse") / max(mean("pull_did"), 1e-12)
+    if ratio > 10:
+        found.append(f"VSE pulls the encoder {ratio:.0f} times as hard as DID over the last {n} "
+                     f"steps; a higher loss.vse_temperature weakens it (A3)")
+    return found
 
 
 def log_step(run: Run, values: dict[str, float], batch: dict, seconds: float, bar: tqdm) -> None:
@@ -492,7 +496,7 @@ class StopSignals:
     """SIGINT and SIGTERM end the step under way; outside one all is saved: they end the process."""
 
     def __enter__(self) -> "StopSignals":
-        self.told, self.stepping = 0, False
+        self.number, self.stepping = 0, False
         numbers = (signal.SIGINT, signal.SIGTERM)
         self.before = {number: signal.signal(number, self.receive) for number in numbers}
         return self
@@ -500,35 +504,35 @@ class StopSignals:
     def receive(self, number: int, frame) -> None:
         if not self.stepping:
             sys.exit(128 + number)
-        self.told = number
+        self.number = number
 
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-def told_any_rank(run: Run, told: int) -> int:
-    """The signal that came to this rank behind `read_back`, SIGTERM for another rank's, or 0."""
+def signal_of_any_rank(run: Run, stop_signal: int) -> int:
+    """The signal that came to this rank after `read_back`, SIGTERM for another rank's, or 0."""
     if ranks()[1] == 1:
-        return told
-    stop = torch.tensor(float(told), device=run.model.device)
+        return stop_signal
+    stop = torch.tensor(float(stop_signal), device=run.model.device)
     torch.distributed.all_reduce(stop)
-    return told or (signal.SIGTERM if stop else 0)
+    return stop_signal or (signal.SIGTERM if stop else 0)
 
 
-def finish_step(run: Run, told: int, signals: StopSignals) -> None:
-    """Save after every so many steps, end where a signal (`told`) asks, validate after an epoch."""
+def save_stop_validate(run: Run, stop_signal: int, signals: StopSignals) -> None:
+    """Save after every so many steps, end where a signal asks for it, validate after an epoch."""
     last_of_epoch = run.step % run.epoch_steps == 0 or run.step == run.steps
     run.validated = not last_of_epoch
     every = run.config.train.save_every_steps or run.steps
-    if told or last_of_epoch or run.step % every == 0:
+    if stop_signal or last_of_epoch or run.step % every == 0:
         save(run, "last.pt")
     if last_of_epoch:
         signals.stepping = False  # all is saved: from here on a signal ends the process
-        told = told or told_any_rank(run, signals.told)
-    if told:
+        stop_signal = stop_signal or signal_of_any_rank(run, signals.number)
+    if stop_signal:
         print(f"stopped at step {run.step}; --resume goes on from {run.folder / 'last.pt'}")
-        sys.exit(128 + told)
+        sys.exit(128 + stop_signal)
     if last_of_epoch:
         validate_and_save(run)
 
@@ -587,7 +591,7 @@ def train(config: Config, resume: bool = False) -> dict | None:
             values = {**terms, "total": loss, "gradient_norm": norm}
             if did_top1 is not None:
                 values["did_top1"] = did_top1
-            values, told = read_back(values, pulls, signals.told)
+            values, stop_signal = read_back(values, pulls, signals.number)
             require_finite(values, run)
 
             # Step
@@ -602,7 +606,7 @@ def train(config: Config, resume: bool = False) -> dict | None:
             log_step(run, values | {"lr": lr}, batch, seconds, bar)
 
             # Save, stop, validate: where it is time
-            finish_step(run, told, signals)
+            save_stop_validate(run, stop_signal, signals)
             started = time.perf_counter()
     return evaluate_best(run)
 

@@ -23,7 +23,7 @@ PROMPT = ("Human: <img>",
 def allowed(rule: str, test, *, default):
     """A field whose value must pass `test`; `rule` says in words what is allowed.
 
-    None never comes to the test: whether it is allowed, the field's type says.
+    None skips the test: the field's type says whether it is allowed.
     """
     return field(default=default, metadata={"rule": rule, "test": test})
 
@@ -119,7 +119,7 @@ class Config:
 
     def to_dict(self) -> dict:
         """Plain dicts, lists and scalars: what config.yaml and the checkpoints hold."""
-        return yaml.safe_load(yaml.safe_dump(_plain(asdict(self))))
+        return _plain(asdict(self))
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:

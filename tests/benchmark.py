@@ -203,7 +203,7 @@ class Work:
         return dict(zip(("forward", "backward", "optimizer"), seconds))
 
     def llm_part(self, textbook: bool) -> None:
-        """Forward and backward of a step behind the encoder, whose output is kept."""
+        """Forward and backward of a step after the encoder, whose output is kept."""
         B, D = len(self.batch["reports"]), self.model.norm.weight.shape[0]
         with encoder_gives(self.model, torch.randn(B, 49, D, requires_grad=True)):
             sum(self.terms(textbook).values()).backward()
@@ -329,7 +329,7 @@ def benchmark_generation(options) -> None:
     seconds = alternating(calls, options.rounds)
     with encoder_gives(model, torch.randn(options.batch, 49, model.norm.weight.shape[0])):
         behind = alternating(calls, options.rounds)
-    print(f"behind the encoder: textbook {behind['textbook']:.1f} s, ours {behind['ours']:.1f} s, "
+    print(f"after the encoder: textbook {behind['textbook']:.1f} s, ours {behind['ours']:.1f} s, "
           f"{behind['textbook'] / behind['ours']:.2f} times")
     words = {name: sum(values) / options.batch for name, values in lengths.items()}
     each = ", ".join(f"{name} {value:.1f} s ({words[name]:.0f} words a report)"
