@@ -14,7 +14,9 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import configs
@@ -248,12 +250,32 @@ def collate(items: list[dict]) -> dict:
             "report_lengths": [len(report) for report in reports]}
 
 
-def own_group(worker: int) -> None:
-    """Puts a loader's worker where Ctrl-C, which reaches a whole group of processes, does not.
+def loader(dataset: ReportDataset, batches: list[list[int]], workers: int,
+           device: torch.device) -> DataLoader:
+    """Those batches, read ahead by so many processes; without a draw of the global random state."""
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+        pin_memory=device.type == "cuda", worker_init_fn=outlive_signals,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        generator=torch.Generator())
 
-    Its death would end the step under way. The process that it reads for can still end it.
+
+def outlive_signals(worker: int) -> None:
+    """A loader's worker lives on where a signal stops the run: the step under way may need it.
+
+    Ctrl-C reaches a whole group of processes: it gets one of its own. A scheduler's SIGTERM reaches
+    every process: it counts only from the one that the worker reads for.
     """
     os.setpgrp()
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -327,6 +349,9 @@ def build_once(out: Path, build: Callable[[], None]) -> None:
         except (BlockingIOError, PermissionError):
             print(f"{out}: another process is making it; waiting", flush=True)
             fcntl.lockf(file, fcntl.LOCK_EX)  # until that process ends, however it ends
+        except OSError as error:
+            raise OSError(f"{lock}: cannot be locked ({error.strerror}); make the data on a file "
+                          f"system with locks") from None
         if not (out / "annotation.json").is_file():
             build()
         lock.unlink(missing_ok=True)  # not where `build` failed: others may wait for this very file
@@ -334,12 +359,17 @@ def build_once(out: Path, build: Callable[[], None]) -> None:
 
 def build_demo_if_missing(data: configs.Data) -> None:
     """The demo makes its own data and its two models; any other dataset must be there."""
+    root = Path(data.root)
+
     def build() -> None:
-        print(f"{data.root}: not there yet; drawing the demo and pretraining its two models, some "
+        if root.is_file() or root.is_dir() and any(root.iterdir()):
+            raise ValueError(f"data.root: {root} exists and holds no annotation.json; remove it, "
+                             f"or name another folder")
+        print(f"{root}: not there yet; drawing the demo and pretraining its two models, some "
               "eight minutes", flush=True)
-        build_demo(Path(data.root), clean_iu_xray)
-    if data.dataset == "demo" and not (Path(data.root) / "annotation.json").is_file():
-        build_once(Path(data.root), build)
+        build_demo(root, clean_iu_xray)
+    if data.dataset == "demo" and not (root / "annotation.json").is_file():
+        build_once(root, build)
 
 
 def end_in_one_line(main: Callable[[], None]) -> None:
@@ -348,9 +378,9 @@ def end_in_one_line(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
-        text = str(error).strip()
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        text = str(error).strip() or type(error).__name__
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
             text = (f"out of memory ({text.splitlines()[0]}); lower train.batch_size (VSE and DID "
                     f"depend on it) or train.eval_batch_size, or take smaller models")
         elif "Original Traceback" in text:  # of a worker: its own message is the last line

@@ -20,6 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,14 +28,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from nltk.util import ngrams
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs import Config, load_config, parse_config
 from configs.findings import named_findings, named_in_each
 from configs.report import write_page, write_whole
-from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  image_problem, own_group, read_image, read_studies)
+from data import (ReportDataset, Study, build_demo_if_missing, end_in_one_line, image_problem,
+                  loader, read_image, read_studies)
 from model import (CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks,
                    read_checkpoint)
 
@@ -311,6 +311,10 @@ def read_findings(config: Config, names) -> dict | None:
         return None
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
+        for group in (spec["phrases"], spec["sides"], spec["extents"]):
+            for name, phrases in group.items():
+                if not isinstance(phrases, list) or not phrases or not all(phrases):
+                    raise ValueError(f"{name!r} has no list of phrases")
         named_findings("", spec)
         unknown = [name for name in names if name not in spec["studies"]]
         for held in spec["studies"].values():
@@ -490,14 +494,11 @@ def write_reports(model: VDGen,
     dataset = ReportDataset(studies, data, model.image_size, model.tokenizer)
     rank, world = ranks()
     batches = torch.arange(len(studies)).split(size)  # the same for any number of ranks
-    loader = DataLoader(
-        dataset, batch_sampler=[batch.tolist() for batch in batches[rank::world]],
-        num_workers=data.num_workers, collate_fn=collate, pin_memory=model.device.type == "cuda",
-        worker_init_fn=own_group,
-        generator=torch.Generator())  # its own: a validation must not change the state of training
+    share = [batch.tolist() for batch in batches[rank::world]]
     was_training, reports, visual_embeds = model.training, {}, {}
     model.eval()
-    for batch in tqdm(loader, desc="generate", unit="batch", leave=False):
+    for batch in tqdm(loader(dataset, share, data.num_workers, model.device), desc="generate",
+                      unit="batch", leave=False):
         images = batch["images"].to(model.device, non_blocking=True)
         texts, embeds = model.generate(images, batch["view_counts"])
         reports |= zip(batch["ids"], texts)
@@ -675,9 +676,47 @@ def _print_clinical(rows: list[tuple[str, dict]], paper: dict) -> None:
             _print_line(f"{size} labels, {mean}", _means(negative, mean) + _means(positive, mean))
 
 
+def results_name(checkpoint: Path, split: str) -> str:
+    """What an evaluation's files begin with: the split for best.pt, `last_<split>` for last.pt."""
+    return split if checkpoint.stem == "best" else f"{checkpoint.stem}_{split}"
+
+
+def origin(config: Config, step: int | None) -> dict:
+    """What decides the texts of a run's evaluation: kept in its metrics."""
+    return {"step": step, "generate": asdict(config.generate), "limit": config.data.limit}
+
+
+def require_nothing_lost(path: Path, config: Config, chexbert: Path | None,
+                         of: dict | None = None) -> dict:
+    """What a `<name>_metrics.json` holds, {} if it is not there.
+
+    Raises ValueError, before any work, where new scores (`of`: their `origin`) would replace those
+    of other weights or settings, or lack a part of them.
+    """
+    old, reason = {}, None
+    with suppress(OSError, ValueError):
+        old = json.loads(path.read_text(encoding="utf-8"))
+    if of and old.get("origin", of) != of:
+        reason = (f"is of other weights or settings ({old['origin']}): move it away with its "
+                  f"predictions, or copy the checkpoint into another folder")
+    elif "clinical" in old and not chexbert:
+        reason = "has clinical scores, which would be lost: add --chexbert, or move it away"
+    elif "findings" in old and not (Path(config.data.root) / "findings.json").is_file():
+        reason = (f"has scores of findings, which would be lost: there is no findings.json in "
+                  f"{config.data.root}; --set data.root names the data, or move it away")
+    if reason:
+        raise ValueError(f"{path} {reason}")
+    return old
+
+
 def evaluate(model: VDGen, split: str, splits: dict[str, Sequence[Study]], folder: Path,
-             written: tuple[dict, dict] | None = None, chexbert: Path | None = None) -> dict:
-    """Generate (unless `written` holds what `write_reports` returned) and score one split."""
+             step: int | None = None, written: tuple[dict, dict] | None = None,
+             chexbert: Path | None = None, name: str | None = None) -> dict:
+    """Generate (unless `written` holds what `write_reports` returned) and score one split.
+
+    `step`: that of the weights; `name`: see `results_name`; the default is the split.
+    """
+    name = name or split
     if not splits[split]:
         raise ValueError(f"--split {split}: the annotation has no such studies; there are "
                          f"{', '.join(name for name, studies in splits.items() if studies)}")
@@ -692,8 +731,9 @@ def evaluate(model: VDGen, split: str, splits: dict[str, Sequence[Study]], folde
         ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
         row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
     lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-    write_whole(folder / f"{split}_predictions.jsonl", "".join(lines))
-    return write_results(folder, split, rows, model.config, split, splits["train"], chexbert)
+    write_whole(folder / f"{name}_predictions.jsonl", "".join(lines))
+    return write_results(folder, name, rows, model.config, split, splits["train"], chexbert,
+                         origin(model.config, step))
 
 
 def _rows(studies: Sequence[Study], reports: dict[str, str]) -> list[dict]:
@@ -720,14 +760,17 @@ def tag(row: dict, spec: dict | None, label: Callable | None) -> dict[str, list]
 
 
 def write_results(folder: Path, name: str, rows: list[dict], config: Config, split: str,
-                  train_studies: list[Study], chexbert: Path | None) -> dict:
-    """Score, print, and write `<name>_metrics.json` and `<name>_report.html`."""
+                  train_studies: list[Study], chexbert: Path | None,
+                  of: dict | None = None) -> dict:
+    """Score, print, and write `<name>_metrics.json` and `<name>_report.html`; `of`: `origin`."""
     label = chexbert_labeller(chexbert, folder / f"{name}_chexbert.json") if chexbert else None
     metrics = measure(rows, config, split, [study.report for study in train_studies], label)
     # A19: scores of different sections do not compare.
     metrics["sections"] = train_studies[0].sections if train_studies else None
     if metrics["sections"]:
         metrics["notes"].append(f"reports: the sections {metrics['sections']} (A19)")
+    if of:
+        metrics["origin"] = of
     text = json.dumps(metrics, indent=1, allow_nan=False)
     write_whole(folder / f"{name}_metrics.json", text + "\n")
     draw_page(folder / f"{name}_report.html", rows, metrics, config, split, label)
@@ -748,25 +791,46 @@ def draw_page(path: Path, rows: list[dict], metrics: dict, config: Config, split
                 "tagger": tagger})
 
 
-def _read_own(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:
     """The rows of a `<split>_predictions.jsonl`."""
-    texts = [None]
-    with suppress(ValueError, AttributeError):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        texts = [row.get(key) for row in rows for key in ("id", "prediction", "reference")]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{path}: expected one JSON object a line, with id, prediction and "
-                         "reference")
+    rows = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; expected a text in UTF-8") from None
+    for n, line in enumerate(text.split("\n"), 1):  # a text may hold Unicode's own line ends
+        if line.strip():
+            rows.append(_row(line))
+            if rows[-1] is None:
+                raise ValueError(f"{path}: line {n}: got {line!r:.100}, expected one JSON object a "
+                                 f"line, with id, prediction and reference; if it has them, "
+                                 f"reference_cut (a text) and image_path (a list)")
+    if not rows:
+        raise ValueError(f"{path}: it is empty; expected one JSON object a line")
+    if len({row.get("reference_cut") is None for row in rows}) > 1:
+        raise ValueError(f"{path}: some lines have reference_cut and some have none")
     name, times = Counter(row["id"] for row in rows).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{path}: the id {name!r} stands {times} times, expected once")
     return rows
 
 
+def _row(line: str) -> dict | None:
+    """A row of predictions; None where the line is none."""
+    try:
+        row = json.loads(line)
+        texts = [row.get(key) for key in ("id", "prediction", "reference")]
+        texts += [row.get("reference_cut") or "", *row.get("image_path", [])]
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return None
+    views = row.get("image_path", [])
+    return row if isinstance(views, list) and all(isinstance(t, str) for t in texts) else None
+
+
 def _read_theirs(path: Path) -> dict[str, str]:
     """{id: report} of a JSON {id: report} or {id: [report]}."""
-    with suppress(ValueError, AttributeError):
-        tree = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(ValueError, AttributeError, RecursionError):
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
         reports = {name: text[0] if isinstance(text, list) and len(text) == 1 else text
                    for name, text in tree.items()}
         if reports and all(isinstance(text, str) for text in reports.values()):
@@ -790,10 +854,11 @@ def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
                                 f"of its data with --config")
     config = load_config(config_path, overrides)
     name, ours = path.stem.removesuffix("_predictions"), path.suffix != ".json"
+    old = require_nothing_lost(path.with_name(f"{name}_metrics.json"), config, chexbert)
     annotation = (Path(config.data.root) / "annotation.json").is_file()
     splits = {"train": []} if ours and not annotation else read_studies(config.data)
     if ours:
-        split, rows = name, _read_own(path)
+        split, rows = name.rpartition("_")[2], read_rows(path)
     else:
         split = split or ("test" if splits["test"] else "val")
         reports = _read_theirs(path)
@@ -803,7 +868,8 @@ def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
                              f"of {split} in {config.data.root}; {len(wrong)} ids are in one of "
                              f"them only, such as {min(wrong)!r}; --split names another split")
         rows = _rows(splits[split], reports)
-    write_results(path.parent, name, rows, config, split, splits["train"], chexbert)
+    write_results(path.parent, name, rows, config, split, splits["train"], chexbert,
+                  old.get("origin"))
 
 
 def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None = None,
@@ -848,7 +914,7 @@ def _read_sides(paths: list[Path], config: Config | None, split: str | None) -> 
         if path.suffix == ".json":
             reports[path] = _read_theirs(path)
         else:
-            rows = _read_own(path)
+            rows = read_rows(path)
             reports[path] = {row["id"]: row["prediction"] for row in rows}
             held[path] = {row["id"]: row["reference"] for row in rows}
     if not held and config is None:
@@ -870,12 +936,13 @@ def _read_sides(paths: list[Path], config: Config | None, split: str | None) -> 
 
 
 # What each mode takes besides its files: flags, and sections or keys of --set.
+PLACE = ["data.root", "data.dataset", "data.limit"]
 TAKES = {
     "--checkpoint": (["split", "chexbert"],
                      ["model", "data", "generate", "train.eval_batch_size", "train.precision"]),
     "--checkpoint and --images": (["images"], ["model", "data", "generate", "train.precision"]),
-    "--predictions with references": (["against", "config", "chexbert"], ["data"]),
-    "--predictions without references": (["against", "config", "split", "chexbert"], ["data"]),
+    "--predictions with references": (["against", "config", "chexbert"], PLACE),
+    "--predictions without references": (["against", "config", "split", "chexbert"], PLACE),
 }
 
 
@@ -945,15 +1012,19 @@ def main() -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     config = parse_config(checkpoint["config"], args.set, str(args.checkpoint))
     build_demo_if_missing(config.data)
+    if not args.images:
+        splits, step = read_studies(config.data), checkpoint.get("step")
+        split = args.split or ("test" if splits["test"] else "val")
+        name = results_name(args.checkpoint, split)
+        require_nothing_lost(args.checkpoint.with_name(f"{name}_metrics.json"), config,
+                             args.chexbert, origin(config, step))
     model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     model.load_trained_state(checkpoint["model"])
     if args.images:
         views = torch.stack([read_image(path, model.image_size) for path in args.images])
         reports, _ = model.generate(views.to(model.device), [len(views)])
         return print(reports[0])
-    splits = read_studies(config.data)
-    split = args.split or ("test" if splits["test"] else "val")
-    evaluate(model, split, splits, args.checkpoint.parent, chexbert=args.chexbert)
+    evaluate(model, split, splits, args.checkpoint.parent, step, chexbert=args.chexbert, name=name)
 
 
 if __name__ == "__main__":

@@ -121,13 +121,23 @@ class VDGen(nn.Module):
         No two families of encoders name these sizes alike in their configs. What X^e does not
         depend on, such as a token for masked patches, is frozen: DDP would wait for its gradient.
         """
+        kind = type(self.vision).__name__
+        if getattr(self.vision.config, "mask_ratio", 0):
+            raise ValueError(f"model.vision: {kind} leaves out patches at random (mask_ratio), in "
+                             f"generation, too; convert it to a plain ViT, or name another encoder")
         parameters = dict(self.vision.named_parameters())
         on_meta = {name: p.detach().to("meta").requires_grad_() for name, p in parameters.items()}
         buffers = {name: buffer.to("meta") for name, buffer in self.vision.named_buffers()}
         image = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
         was_training = self.vision.training
         with torch.enable_grad():
-            hidden = functional_call(self.vision.eval(), on_meta | buffers, image).last_hidden_state
+            try:
+                output = functional_call(self.vision.eval(), on_meta | buffers, image)
+                hidden = output.last_hidden_state
+            except Exception as error:  # of whatever family it is
+                raise ValueError(f"model.vision: {kind} gives no last_hidden_state of an image "
+                                 f"({_first_line(error)}); of a model of images and texts name the "
+                                 f"image part") from None
             reached = torch.autograd.grad(hidden.sum(), list(on_meta.values()), allow_unused=True)
         self.vision.train(was_training)
         for parameter, gradient in zip(parameters.values(), reached):
@@ -299,6 +309,9 @@ def load_model(config: Config) -> VDGen:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype)
     tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
+    if not hasattr(getattr(llm, "model", None), "embed_tokens"):
+        raise ValueError(f"model.llm: {names.llm} is a {type(llm).__name__}; expected an LLM of "
+                         f"the Llama architecture")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; "
                          f"both are needed (A9)")
@@ -587,9 +600,9 @@ def _pretrained(kind, name: str, key: str, **options):
     """`kind.from_pretrained(name)`; FileNotFoundError that names the setting `key` if it fails."""
     try:
         return kind.from_pretrained(name, **options)
-    except RuntimeError:  # too little memory, for one, is no fault of the folder
-        raise
     except Exception as error:  # a cut file of weights ends in an error of safetensors' own
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise  # no fault of the folder
         raise FileNotFoundError(f"{key}: cannot load {name!r} as {kind.__name__}: expected a "
                                 f"folder of a Hugging Face model, or a name on the hub that this "
                                 f"machine can reach ({_first_line(error)})") from None
@@ -705,7 +718,7 @@ def chexbert_labeller(checkpoint: Path, cache: Path) -> Callable[[list[str]], li
     known = _stored_labels(cache, version)
 
     def label(texts: list[str]) -> list[list[int]]:
-        new = sorted(set(texts) - known.keys())
+        new = sorted({text for text in texts if text not in known})
         if new:
             model = load_chexbert(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
             known.update(zip(new, model.label(new)))

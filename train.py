@@ -8,6 +8,7 @@ resume), best.pt. The loop is `train`; what it calls stands above it, in the ord
 """
 import argparse
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -37,7 +38,7 @@ import configs
 from configs import Config, load_config, parse_config
 from configs.report import write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
-                  epoch_batches, own_group, read_studies, require_images)
+                  epoch_batches, loader, read_studies, require_images)
 from evaluate import evaluate, read_findings, score, write_reports
 from model import (Teacher, VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint)
 
@@ -123,9 +124,12 @@ def open_run(config: Config, resume: bool) -> tuple[Path, dict | None]:
         return folder, None
     keys = ("model", "config", "optimizer", "step", "best", "random", "validated")
     checkpoint = read_checkpoint(last, keys=keys)
-    parse_config(checkpoint["config"], source=str(last))  # one line for what an older version wrote
+    if checkpoint["best"] > -math.inf and not (folder / "best.pt").exists():
+        raise ValueError(f"--resume: {last} says that best.pt was written, and {folder} has none; "
+                         f"put it back, or --set train.output=FOLDER for another run")
+    before = parse_config(checkpoint["config"], source=str(last)).to_dict()
     checkpoint["changed"] = {}
-    for key, old, new in _differences(checkpoint["config"], config.to_dict()):
+    for key, old, new in _differences(before, config.to_dict()):
         raised = key in FREE_TO_RAISE and (new or math.inf) > (old or math.inf)
         if key not in FREE_TO_CHANGE and not raised:
             raise ValueError(f"--resume: {last} was written with another config: {key} was {old}, "
@@ -164,14 +168,21 @@ def open_log(path: Path, step: int, validated: bool, last: int | None) -> TextIO
     except (BlockingIOError, PermissionError):
         raise ValueError(f"{path.parent}: another process is training in this folder; wait for it, "
                          f"or use another train.output") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be locked ({error.strerror}); put train.output on a file "
+                      f"system with locks") from None
     if written_at(path.with_name("last.pt")) != last:
         raise ValueError(f"{path.parent}: another process has trained in this folder meanwhile; "
                          f"start again with --resume, or use another train.output")
     file.seek(0)
     kept = 0
     while step and (text := file.readline()).endswith("\n"):  # a killed run may leave half a line
-        line = json.loads(text)
-        at = line.get("step", 0)
+        try:
+            line = json.loads(text)
+            at = line.get("step", 0)
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path}: not a line of a log: {text!r:.100}; remove it, or the file: "
+                             f"last.pt needs none of it") from None
         if at > step or at == step and "val" in line and not validated:
             break
         kept += len(text.encode())
@@ -194,11 +205,11 @@ def header(model: VDGen, config: Config) -> dict:
                            "vision": count(model.vision), "lora": count(model.llm, True)}}
 
 
-def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> Teacher:
+def teacher_embeddings(model: VDGen, reports: list[str], path: Path, keep: bool = True) -> Teacher:
     """A5: y of each training study, in their order.
 
     What the teacher says of the different reports is read from `path` if it holds just these by
-    this teacher, else computed and kept there.
+    this teacher, else computed and, if `keep`, written there.
     """
     names, texts = model.config.model, sorted(set(reports))
     precision = model.config.train.precision
@@ -207,12 +218,16 @@ def teacher_embeddings(model: VDGen, reports: list[str], path: Path) -> Teacher:
     if rank:
         torch.distributed.barrier()  # the first rank computes them
     read = partial(read_checkpoint, path, "the teacher", ("key", "embeddings"), mmap=True)
-    kept = read() if path.is_file() else {}
+    try:
+        kept = read()
+    except (FileNotFoundError, ValueError):  # none yet, or a copy that was cut
+        kept = {}
     if kept.get("key") != key:
         embeddings = embed_reports(model, reports)
-        embeddings = torch.stack([embeddings[text] for text in texts])
-        write_atomically(path, {"key": key, "embeddings": embeddings})
-        kept = read()  # mapped: on MIMIC-CXR 2 GB that would else be each rank's own
+        kept = {"key": key, "embeddings": torch.stack([embeddings[text] for text in texts])}
+        if keep:
+            write_atomically(path, kept)
+            kept = read()  # mapped: on MIMIC-CXR 2 GB that would else be each rank's own
     if world > 1 and not rank:
         torch.distributed.barrier()
     row = {text: i for i, text in enumerate(texts)}
@@ -232,12 +247,21 @@ class Run:
     optimizer: torch.optim.Optimizer
     epoch_steps: int
     steps: int                   # of the whole run
+    studies: str                 # a digest of those of train: a resumed run must meet the same
     teacher: Teacher | None = None
     log: TextIO | None = None
     step: int = 0                # completed
     best: float = -math.inf      # the highest validation so far
     validated: bool = True       # False between the last step of an epoch and its validation
     written: tuple | None = None  # what the best validation wrote
+
+
+def digest(studies: Sequence[Study]) -> str:
+    """Of ids, reports and image names, in their order."""
+    found = hashlib.sha256()
+    for study in studies:
+        found.update(repr((study.id, study.report, study.image_paths)).encode())
+    return found.hexdigest()
 
 
 def require_batches(studies: int, batch_size: int, world: int) -> None:
@@ -252,6 +276,9 @@ def require_batches(studies: int, batch_size: int, world: int) -> None:
 
 def restore(run: Run, checkpoint: dict) -> None:
     """Weights, optimizer and place of a last.pt; the random state follows when all is ready."""
+    if checkpoint.get("studies", run.studies) != run.studies:  # an older version kept none
+        raise ValueError(f"--resume: {run.folder / 'last.pt'} was trained on other studies than "
+                         f"{run.config.data.root} holds now; use the same, or another train.output")
     run.model.load_trained_state(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.optimizer.param_groups[0]["weight_decay"] = run.config.train.weight_decay  # the one of now
@@ -300,7 +327,7 @@ def prepare(config: Config, resume: bool) -> Run:
     epoch_steps = len(dataset) // settings.batch_size
     steps = min(settings.max_steps or math.inf, settings.epochs * epoch_steps)
     run = Run(config, folder, splits, dataset, model, model, parameters, optimizer, epoch_steps,
-              steps)
+              steps, digest(splits["train"]))
     if checkpoint:
         restore(run, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
@@ -341,11 +368,8 @@ def rest_of_epoch(run: Run) -> DataLoader:
     chosen = epoch_batches(len(run.dataset), settings.batch_size, settings.seed, epoch)
     chosen = chosen[done:done + run.steps - run.step]
     share = settings.batch_size // world
-    return DataLoader(
-        run.dataset, batch_sampler=[batch[rank * share:(rank + 1) * share] for batch in chosen],
-        num_workers=run.config.data.num_workers, collate_fn=collate,
-        pin_memory=run.model.device.type == "cuda", worker_init_fn=own_group,
-        generator=torch.Generator())
+    own = [batch[rank * share:(rank + 1) * share] for batch in chosen]
+    return loader(run.dataset, own, run.config.data.num_workers, run.model.device)
 
 
 def on_device(batch: dict, run: Run) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -455,7 +479,7 @@ def save(run: Run, name: str) -> None:
         if world > 1:
             torch.distributed.all_gather_object(randoms, random_state(run.model.device))
         content |= {"optimizer": run.optimizer.state_dict(), "random": randoms,
-                    "validated": run.validated}
+                    "validated": run.validated, "studies": run.studies}
     if not rank:
         write_atomically(run.folder / name, content)
 
@@ -545,9 +569,10 @@ def evaluate_best(run: Run) -> dict | None:
         return print("the annotation has no val and no test studies: nothing to evaluate")
     if ranks()[1] > 1:
         torch.distributed.barrier()  # the first rank has written best.pt
-    run.model.load_trained_state(read_checkpoint(run.folder / "best.pt")["model"])
+    best = read_checkpoint(run.folder / "best.pt", keys=("model", "step"))
+    run.model.load_trained_state(best["model"])
     written = run.written if split == "val" else None
-    return evaluate(run.model.eval(), split, run.splits, run.folder, written)
+    return evaluate(run.model.eval(), split, run.splits, run.folder, best["step"], written)
 
 
 def train(config: Config, resume: bool = False) -> dict | None:

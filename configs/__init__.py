@@ -84,7 +84,7 @@ class Data:
 @dataclass(frozen=True)
 class Train:
     output: str | None = None                                 # null: runs/<config name>
-    seed: int = at_least(0, default=42)
+    seed: int = allowed("at least 0 and below 2**63", lambda value: 0 <= value < 2**63, default=42)
     precision: str = one_of("bf16", "fp32", default="bf16")   # A13
     batch_size: int = at_least(1, default=16)
     eval_batch_size: int = at_least(1, default=16)
@@ -186,7 +186,7 @@ def _override(tree: dict, override: str) -> None:
         branch = branch[section]
     try:
         branch[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a ValueError: what looks like a date and is none
         raise ValueError(f"--set {override!r}: the value is not valid YAML") from None
 
 

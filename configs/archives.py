@@ -3,6 +3,7 @@
 Shared by the makers of datasets, iu_xray.py and mimic_cxr.py beside this file, and by data.py.
 """
 import json
+import lzma
 import stat
 import tarfile
 import zipfile
@@ -22,6 +23,8 @@ SHORT_SIDE = 256         # A24
 LARGEST_TEXT = 1 << 20   # bytes
 LARGEST_IMAGE = 64 << 20  # bytes
 MOST_FILES = 500_000     # of an archive
+FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP")  # whatever a name says; EPS runs a program
+Image.init()             # else Pillow knows the readers of some of them only
 
 
 def leaves(path: str) -> bool:
@@ -38,7 +41,8 @@ def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, b
     it, a file of more than `largest` bytes, or more than MOST_FILES files.
     """
     members = _zip_members if zipfile.is_zipfile(path) else _tar_members
-    broken = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, RuntimeError)
+    broken = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+              RuntimeError, IndexError, TypeError)
     try:
         for count, (name, size, is_folder, is_file, read) in enumerate(members(path)):
             reason = None
@@ -53,14 +57,18 @@ def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, b
             if reason:
                 raise ValueError(f"{path}: refused: {name[:100]!r}: {reason}")
             if is_file and not is_folder and name.endswith(suffix):
-                yield name, read()
+                content = read(largest + 1)  # its header may say less than there is
+                if len(content) > largest:
+                    raise ValueError(f"{path}: refused: {name[:100]!r}: more than {largest} bytes")
+                yield name, content
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except broken as error:
         raise ValueError(f"{path}: not a whole archive ({error}); fetch it again") from None
 
 
-Member = tuple[str, int, bool, bool, Callable[[], bytes]]  # name, bytes, folder?, file?, content
+# Name, bytes, folder?, file?, and a function that reads at most so many bytes of it.
+Member = tuple[str, int, bool, bool, Callable[[int], bytes]]
 
 
 def _zip_members(path: Path) -> Iterator[Member]:
@@ -68,14 +76,29 @@ def _zip_members(path: Path) -> Iterator[Member]:
         for info in archive.infolist():
             kind = stat.S_IFMT(info.external_attr >> 16)
             is_file = kind in (0, stat.S_IFREG)
-            yield info.filename, info.file_size, info.is_dir(), is_file, lambda: archive.read(info)
+
+            def read(most: int, info: zipfile.ZipInfo = info) -> bytes:
+                with archive.open(info) as file:
+                    return file.read(most)
+            yield info.filename, info.file_size, info.is_dir(), is_file, read
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; one of long names or attributes is read into memory: it must be small."""
+
+    @classmethod
+    def frombuf(cls, *arguments) -> tarfile.TarInfo:
+        header = super().frombuf(*arguments)
+        if not header.isdev() and not header.isfile() and header.size > LARGEST_TEXT:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
 
 
 def _tar_members(path: Path) -> Iterator[Member]:
-    with tarfile.open(path, "r|*") as archive:
+    with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
         for info in archive:
             yield (info.name, info.size, info.isdir(), info.isreg(),
-                   lambda: archive.extractfile(info).read())
+                   lambda most: archive.extractfile(info).read(most))
 
 
 def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
@@ -86,7 +109,7 @@ def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
     """
     broken = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             pictures = getattr(image, "n_frames", 1)
             if pictures > 1 and image.format != "MPO":  # that is a phone's JPEG with a depth map
                 raise ValueError(f"{pictures} pictures in one file, expected one")

@@ -4,14 +4,16 @@ from collections.abc import Iterable
 from functools import cache
 
 # A clause ends with its sentence and before these words; not at the "with" of "consistent with".
-# In it, what follows a word of DENIED is not there ("clear airspace" lost its "of"), and nothing is
-# there beside a word of GONE.
+# In it, what follows a word of DENIED is not there ("clear airspace" lost its "of"; "no change in"
+# denies nothing), and nothing is there beside a word of GONE.
 CLAUSE = re.compile(r"\.|\b(?:but|however|except|besides|aside|although|though|there|"
                     r"(?<!consistent )(?<!compatible )with)\b")
-DENIED = re.compile(r"\b(?:no|not|without|free|negative|clear of|clear airspace|removal|resolution|"
-                    r"exclude|evaluation|obscure|subcutaneous emphysema|pericardial effusion)\b")
-GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|"
-                  r"(?:is|are|was|were) not (?:well-)?seen)\b")
+DENIED = re.compile(r"\b(?:(?:no|without)(?! (?:significant |interval )*change)|not|neither|free|"
+                    r"negative|absence of|clear of|clear airspace|removal|resolution|exclude|"
+                    r"evaluation|obscure|subcutaneous emphysema|pericardial effusion)\b")
+GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|absent|ruled out|"
+                  r"(?:no longer|(?:is|are|was|were) not) (?:well-)?"
+                  r"(?:seen|identified|present|visualized|evident))\b")
 
 
 def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,10 @@ def curves(log: Path) -> tuple[dict | None, dict[str, list]]:
     if not log.is_file():
         return None, {}
     text = log.read_text(encoding="utf-8").splitlines()
-    lines = [json.loads(line) for line in text if line.endswith("}")]
+    lines = []
+    for line in text:
+        with suppress(ValueError, TypeError):  # a killed run may have left half a line
+            lines.append(dict(json.loads(line)))
     header = next((line for line in lines if "versions" in line), None)
     steps, found = [line for line in lines if "report" in line], {}
     size = max(1, math.ceil(len(steps) / CURVE_POINTS))

@@ -118,7 +118,7 @@ def benchmark_resume(root: Path) -> None:
 def benchmark_steps(root: Path, attention: str, peak: float | None) -> None:
     lines = run(root, attention, STEPS)
     seconds = median(line["seconds"] for line in lines[WARM:])
-    tokens = median(seconds * line["report_tokens_per_second"] for line in lines[WARM:])
+    tokens = median(line["seconds"] * line["report_tokens_per_second"] for line in lines[WARM:])
     used = memory()
     with torch.device("meta"):
         counts = flop_counts(paper_model())

@@ -12,7 +12,6 @@ Behind the table: the report loss with the visual tokens of the study and with a
 DID loss, and the share of images whose own report is the nearest of 16 (did_top1).
 """
 import argparse
-import json
 import math
 import sys
 from collections import Counter
@@ -33,7 +32,7 @@ from configs.findings import named_findings  # noqa: E402
 from data import (ReportDataset, Study, collate, end_in_one_line,  # noqa: E402
                   epoch_batches, read_studies)
 from evaluate import (best_constant, precision_recall_f1, read_findings,  # noqa: E402
-                      score_findings)
+                      read_rows, results_name, score_findings)
 from losses import did_loss, own_report_nearest  # noqa: E402
 from model import VDGen, embed_reports, load_model, read_checkpoint  # noqa: E402
 from train import teacher_embeddings  # noqa: E402
@@ -124,16 +123,18 @@ def ask_llm(model: VDGen, studies: list[Study],
     for batch, visual_tokens in visual_batches(model, studies, "ask the LLM"):
         report_ids, lengths = batch["report_ids"].to(model.device), batch["report_lengths"]
         others = visual_tokens.roll(len(visual_tokens) // 2, dims=0)
+        pair = (visual_tokens, others) if len(lengths) > 1 else ()  # alone it has no other study
         with model.autocast():
             said = begin_with(model, visual_tokens, sum(groups, [])).cpu()
-            for i, tokens in enumerate((visual_tokens, others)):
+            for i, tokens in enumerate(pair):
                 loss = model.report_term(tokens, report_ids, lengths)
                 losses[i] += loss.item() * sum(lengths)
         none, *named = (part.logsumexp(dim=1) for part in said.split([*map(len, groups)], dim=1))
         rows |= zip(batch["ids"], torch.stack(named, dim=1) - none[:, None])
-        count += sum(lengths)
+        count += sum(lengths) if pair else 0
     ratios = torch.stack([rows[study.id] for study in studies])
-    return ratios.masked_fill(ratios.isinf(), torch.nan), losses[0] / count, losses[1] / count
+    own, others = (loss / count if count else math.nan for loss in losses)
+    return ratios.masked_fill(ratios.isinf(), torch.nan), own, others
 
 
 def fit(h: Tensor, true: Tensor, l2: float) -> tuple[Tensor, Tensor]:
@@ -211,7 +212,7 @@ def did_in_batches(image_embed: Tensor, text_embed: Tensor,
 @torch.no_grad()
 def embed_texts(model: VDGen, train: list[Study], studies: list[Study], kept: Path) -> Tensor:
     """Eq. 5 for the reports of `studies`, (N, D): y standardised over train (A5), then W2."""
-    teacher = teacher_embeddings(model, [study.report for study in train], kept)
+    teacher = teacher_embeddings(model, [study.report for study in train], kept, keep=False)
     embeddings = embed_reports(model, [study.report for study in studies])
     y = teacher.standardise(torch.stack([embeddings[study.report] for study in studies]))
     return model.did_head(y.to(model.device)).cpu()
@@ -223,13 +224,17 @@ def matrix(studies: list[Study], spec: dict) -> Tensor:
     return torch.tensor([[float(name in row) for name in spec["phrases"]] for row in present])
 
 
-def read_predictions(checkpoint: Path | None, split: str) -> dict[str, str] | None:
-    """{id: report} that an evaluation has left beside the checkpoint."""
-    path = checkpoint and checkpoint.with_name(f"{split}_predictions.jsonl")
+def read_predictions(checkpoint: Path | None, split: str, names: set[str]) -> dict | None:
+    """{id: report} that an evaluation has left beside the checkpoint, of just these studies."""
+    path = checkpoint and checkpoint.with_name(
+        f"{results_name(checkpoint, split)}_predictions.jsonl")
     if not path or not path.is_file():
         return None
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {row["id"]: row["prediction"] for row in rows}
+    reports = {row["id"]: row["prediction"] for row in read_rows(path)}
+    if reports.keys() != names:
+        raise ValueError(f"{path}: it is of {len(reports)} studies, not of the {len(names)} of "
+                         f"{split}; evaluate them, or leave data.limit and data.root as they were")
+    return reports
 
 
 def print_table(columns: dict[str, dict[str, float]], counts: dict[str, int]) -> None:
@@ -253,6 +258,9 @@ def compare(model: VDGen, splits: dict[str, list[Study]], split: str,
             checkpoint: Path | None) -> None:
     """Encode, fit and print."""
     config, train, studies = model.config, splits["train"], splits[split]
+    if not studies:
+        raise ValueError(f"--split {split}: the annotation has no such studies")
+    texts_of_run = read_predictions(checkpoint, split, {study.id for study in studies})
     spec = read_findings(config, [study.id for study in (*train, *studies)])
     if spec is None:
         raise ValueError(f"data.root: there is no findings.json in {config.data.root}; "
@@ -271,7 +279,7 @@ def compare(model: VDGen, splits: dict[str, list[Study]], split: str,
                "AUC of LLM": {name: auc(llm[:, i], true[:, i]) for i, name in enumerate(names)},
                "F1 of h": f1(most_likely(scores, share)), "F1 at P > 1/2": f1(scores > 0)}
     constant = best_constant(reports)
-    for title, texts in (("F1 of text", read_predictions(checkpoint, split)),
+    for title, texts in (("F1 of text", texts_of_run),
                          ("of constant", {study.id: constant for study in studies})):
         if texts:
             said = score_findings(texts, spec)["each"]

@@ -1,4 +1,6 @@
 """From disk to batches: R2Gen's cleaning and format, images, batches."""
+import errno
+import gc
 import io
 import json
 import multiprocessing
@@ -25,8 +27,9 @@ from configs import Data, parse_config
 from configs.archives import open_image
 from conftest import REPORTS, make_tokenizer
 from configs.demo import DEMO_FINDINGS, TOKENS, build_demo, draw_film, draw_findings, write_report
-from data import (Packed, ReportDataset, Study, check, clean_iu_xray, clean_mimic_cxr, collate,
-                  epoch_batches, own_group, read_image, read_studies)
+from data import (Packed, ReportDataset, Study, build_demo_if_missing, build_once, check,
+                  clean_iu_xray, clean_mimic_cxr, collate, epoch_batches, loader, read_image,
+                  read_studies)
 from evaluate import named_findings
 from model import load_model
 
@@ -226,6 +229,19 @@ def test_open_image_refuses_what_is_no_film(tmp_path, content, words):
     assert message.startswith(f"image {path}: not a whole PNG or JPEG image {words}")
 
 
+def test_no_program_is_run_for_an_image(tmp_path, monkeypatch):
+    """A file that calls itself PNG and is EPS, which Pillow gives to Ghostscript."""
+    ran = tmp_path / "ran"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {ran}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    Image.fromarray(gradient_image(24, 20)).save(tmp_path / "view.eps")
+    (tmp_path / "view.eps").rename(tmp_path / "view.png")
+    with pytest.raises(ValueError, match="no known format"):
+        open_image(tmp_path / "view.png")
+    assert not ran.exists()
+
+
 def test_open_image_takes_odd_but_whole_films(tmp_path, recwarn):
     """A phone's JPEG with a second picture, a palette with transparency, a broken block of EXIF."""
     (tmp_path / "phone.jpg").write_bytes(pictures("MPO"))
@@ -239,12 +255,20 @@ def test_open_image_takes_odd_but_whole_films(tmp_path, recwarn):
     assert not recwarn.list
 
 
-def test_a_worker_is_out_of_reach_of_ctrl_c_and_can_be_ended():
-    loader = DataLoader(range(99), num_workers=1, worker_init_fn=own_group)
-    read = iter(loader)
+def test_a_worker_outlives_signals_and_can_be_ended(make_model):
+    """Of Ctrl-C, which reaches a group of processes, and of a scheduler, which reaches each."""
+    model = make_model()
+    dataset = ReportDataset(read_studies(model.config.data)["train"], model.config.data, 32,
+                            model.tokenizer)
+    read = iter(loader(dataset, [[i] for i in range(12)], 1, model.device))
     next(read)
     worker, = multiprocessing.active_children()
     assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert len(list(read)) == 11  # more than it had read ahead
+    read = iter(loader(dataset, [[i] for i in range(12)], 1, model.device))
+    next(read)
+    worker, = multiprocessing.active_children()
     worker.terminate()  # as Python does when a process ends whose loader is still there
     worker.join(20)
     assert not worker.is_alive()
@@ -398,6 +422,22 @@ end_in_one_line(lambda: build_demo(Path(sys.argv[1]), clean_iu_xray, studies, 3,
 """
 
 
+def test_a_folder_in_the_way_of_the_demo_is_named_before_it_is_built(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/.DS_Store").write_text("")
+    monkeypatch.setattr("data.build_demo", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(ValueError, match="data.root: .*demo exists and holds no annotation.json"):
+        build_demo_if_missing(Data(root=str(tmp_path / "demo"), dataset="demo"))
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("data.fcntl.lockf", none)
+    with pytest.raises(OSError, match="demo.lock: cannot be locked .No locks available.; make"):
+        build_once(tmp_path / "demo", lambda: None)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_build_leaves_no_process_behind(tmp_path, number):
     """The pretraining would else write into the folder of the next build; it holds the pipe.
@@ -504,11 +544,14 @@ def test_a_workers_own_memory_stays_small(tmp_path, monkeypatch):
     data = Data(root=str(tmp_path))
     dataset = ReportDataset(read_studies(data)["train"], data, 32, make_tokenizer())
     monkeypatch.setattr("data.read_image", lambda *_: torch.zeros(3, 1, 1, dtype=torch.uint8))
-    loader = DataLoader(dataset, batch_sampler=epoch_batches(20_000, 400, seed=0, epoch=0),
-                        num_workers=1, collate_fn=collate)
+    batches = DataLoader(dataset, batch_sampler=epoch_batches(20_000, 400, seed=0, epoch=0),
+                         num_workers=1, collate_fn=collate)
     own = []
-    for _ in loader:
+    gc.freeze()  # what else stands in this process is no matter: it would be looked through, and so
+    # written to, here, and the worker's share of it become its own
+    for _ in batches:
         worker, = multiprocessing.active_children()
         rollup = Path(f"/proc/{worker.pid}/smaps_rollup").read_text()
         own.append(int(re.search(r"Private_Dirty:\s+(\d+) kB", rollup)[1]) / 1000)
+    gc.unfreeze()
     assert own[-1] < 50 and own[-1] - own[5] < 5, own  # MB

@@ -7,11 +7,13 @@ import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -189,6 +191,9 @@ def test_iu_xray_says_what_an_archive_lacks(collection, tmp_path):
         (b"<a", "not a report"),
         (xml("Clear.", ["../../evil-1", "b-2"]), "image names"),
         (xml("&a;", ["CXR1-1", "CXR1-2"], '<!DOCTYPE a [<!ENTITY a "b">]>'), "document type"),
+        (xml("&a;", ["CXR1-1", "CXR1-2"], '<!DOCTYPE a [<!ENTITY a "b">]>').decode()
+         .replace("utf-8", "utf-16").encode("utf-16"), "document type"),
+        (b'<?xml version="1.0" encoding="foo"?><a/>', "not a report of the collection: .*foo"),
     ):
         with pytest.raises(ValueError, match=message):
             build_iu_xray(tmp_path / "out", tgz(tmp_path / "r.tgz", {"1.xml": content}), images)
@@ -265,6 +270,30 @@ HOSTILE = {
     "device": (special(tarfile.CHRTYPE), "neither a file nor a folder"),
     "pipe": (special(tarfile.FIFOTYPE), "neither a file nor a folder"),
 }
+
+
+@pytest.mark.parametrize("case", ["zip", "long name", "attributes"])
+def test_an_archive_that_lies_about_its_size_stays_small(tmp_path, case):
+    """200 MB of zeros, of which a header says less, or which a header is."""
+    path, size = tmp_path / "bad", 200 << 20
+    if case == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.png", bytes(size))
+        said = path.read_bytes().replace(struct.pack("<I", size), struct.pack("<I", 100))
+        path.write_bytes(said)
+    else:
+        info = special(tarfile.GNUTYPE_LONGNAME if case == "long name" else tarfile.XHDTYPE)
+        info.size = size
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.write(info.tobuf(tarfile.GNU_FORMAT))
+            for _ in range(200):
+                file.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="bad: (not a whole archive|refused)"):
+        list(read_archive(path, ".png", 1 << 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
 
 
 @pytest.mark.parametrize("case", [*HOSTILE, "10 GB", "not gzip", "cut short", "zip"])

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -255,6 +256,15 @@ CLAUSES = {  # of the forms that IU-Xray's reports have, and what they name
     "the heart is not significantly enlarged": "",
     "the left apical pneumothorax has resolved": "",
     "infiltrates have cleared": "",
+    "no change in the large hiatus hernia": "hernia",
+    "without significant interval change of mild subsegmental atelectasis": "atelectasis",
+    "no interval change and no effusion": "",
+    "effusion is not identified": "",
+    "pneumothorax is no longer seen": "",
+    "neither effusion nor pneumothorax": "",
+    "absence of effusion": "",
+    "pneumothorax is absent": "",
+    "fracture was ruled out": "",
     "the catheter has been removed": "",
     "interval removal of left picc line": "",
     "interval resolution of effusion": "",
@@ -473,10 +483,10 @@ def test_predictions_score_again_to_the_same_numbers(make_config, tmp_path):
     from train import train
     metrics = train(make_config("train.max_steps=1"))
     path = tmp_path / "run/test_metrics.json"
-    before = path.read_bytes()
-    path.unlink()
+    before, written = path.read_bytes(), path.stat().st_mtime_ns
     evaluate.score_again(tmp_path / "run/test_predictions.jsonl", None)
     assert path.read_bytes() == before and metrics["n"] == 5
+    assert path.stat().st_mtime_ns > written
     rows = [
         json.loads(line)
         for line in (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()
@@ -490,9 +500,66 @@ def test_predictions_score_again_to_the_same_numbers(make_config, tmp_path):
         with pytest.raises(ValueError, match="expected one JSON object a line"):
             evaluate.score_again(tmp_path / "run/junk_predictions.jsonl", None)
     line = (tmp_path / "run/test_predictions.jsonl").read_text().splitlines()[0]
+    for change in ({"image_path": None}, {"image_path": "a/b.png"}, {"image_path": [None]},
+                   {"reference_cut": 5}):
+        hurt = json.dumps(json.loads(line) | change)
+        (tmp_path / "run/junk_predictions.jsonl").write_text(f"{line}\n\n{hurt}\n")
+        with pytest.raises(ValueError, match="junk_predictions.jsonl: line 3: got .*image_path"):
+            evaluate.score_again(tmp_path / "run/junk_predictions.jsonl", None)
+    two = [json.loads(line), json.loads(line) | {"id": "b"}]
+    del two[1]["reference_cut"]
+    (tmp_path / "run/junk_predictions.jsonl").write_text("\n".join(map(json.dumps, two)))
+    with pytest.raises(ValueError, match="some lines have reference_cut and some have none"):
+        evaluate.score_again(tmp_path / "run/junk_predictions.jsonl", None)
     (tmp_path / "run/junk_predictions.jsonl").write_text(f"{line}\n{line}\n")
     with pytest.raises(ValueError, match="the id 'study15' stands 2 times, expected once"):
         evaluate.score_again(tmp_path / "run/junk_predictions.jsonl", None)
+
+
+def test_rows_are_lines_of_json_lines(tmp_path):
+    """Unicode's own ends of a line are none, a mark of byte order and a blank line are nothing."""
+    row = {"id": "a", "prediction": "one\u2028two\u0085three", "reference": "one"}
+    text = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n\n"
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert evaluate.read_rows(tmp_path / "rows.jsonl") == [row]
+
+
+def test_an_evaluation_replaces_no_other(make_config, data_root, tmp_path, monkeypatch):
+    """Of last.pt, of other settings, and one that had findings or clinical scores."""
+    from train import train
+    root = shutil.copytree(data_root, tmp_path / "data")
+    (root / "findings.json").write_text(json.dumps(
+        SPEC | {"studies": {f"study{i:02d}": [] for i in range(20)}}))
+    train(make_config("train.max_steps=1", f"data.root={root}"))
+    folder = tmp_path / "run"
+
+    def files():
+        return {path.name: path.read_bytes() for path in folder.glob("*_*")}
+    before = files()
+    assert json.loads(before["test_metrics.json"])["origin"]["step"] == 1
+    run_main(monkeypatch, "--checkpoint", folder / "last.pt")
+    after = files()
+    assert before.items() <= after.items() and "last_test_metrics.json" in after
+    assert json.loads(after["last_test_metrics.json"])["paper"] is not None  # that of a test split
+    run_main(monkeypatch, "--predictions", folder / "last_test_predictions.jsonl")
+    assert files() == after
+    for change in ("generate.num_beams=1", "data.limit=2"):
+        with pytest.raises(ValueError, match="test_metrics.json is of other weights or settings"):
+            run_main(monkeypatch, "--checkpoint", folder / "best.pt", "--set", change)
+    with pytest.raises(ValueError, match="has scores of findings, which would be lost"):
+        run_main(monkeypatch, "--predictions", folder / "test_predictions.jsonl",
+                 "--set", "data.root=/nowhere")
+    clinical = json.loads(before["test_metrics.json"]) | {"clinical": {}}
+    (folder / "test_metrics.json").write_text(json.dumps(clinical))
+    with pytest.raises(ValueError, match="has clinical scores, which would be lost: add --chex"):
+        run_main(monkeypatch, "--predictions", folder / "test_predictions.jsonl")
+
+
+@pytest.mark.parametrize("phrases", ["nodule", [], [""]])
+def test_a_finding_without_phrases_is_refused(make_config, tmp_path, phrases):
+    (tmp_path / "findings.json").write_text(json.dumps(SPEC | {"phrases": {"nodule": phrases}}))
+    with pytest.raises(ValueError, match="findings.json: expected .*'nodule' has no list"):
+        evaluate.read_findings(make_config(f"data.root={tmp_path}"), ["a"])
 
 
 def test_predictions_of_peers_score_to_the_same_numbers(make_config, data_root, tmp_path):
@@ -658,7 +725,8 @@ def test_curves_are_means_of_equal_pieces(tmp_path):
     )
     assert found["vse"][0] == [2, 0.0] and found["CIDEr"] == [[299, 0.3]] and "did" not in found
     assert report.curves(tmp_path / "none.jsonl") == (None, {})
-    for lost, at in (("", {}), ('{"step": 4, "changed": {}}\n', {})):  # of a run without its log
+    for lost, at in (("", {}), ('{"val": {"CIDEr": 1}\n5\n', {}),
+                     ('{"step": 4, "changed": {}}\n', {})):  # of a run without its log
         (tmp_path / "log.jsonl").write_text(lost)
         assert report.curves(tmp_path / "log.jsonl") == (None, at)
 

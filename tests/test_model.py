@@ -663,6 +663,39 @@ def test_cut_weights_are_named(make_model, backbones, tmp_path):
         make_model(f"model.llm={folder}")
 
 
+@pytest.mark.parametrize("part, sizes", [("llm", {"vocab_size": 999}),
+                                         ("vision", {"embed_dim": 8})])
+def test_weights_of_other_sizes_are_named(make_model, backbones, tmp_path, part, sizes):
+    source = backbones / {"llm": "llama", "vision": "swin"}[part]
+    folder = shutil.copytree(source, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    with pytest.raises(FileNotFoundError, match=f"model.{part}: cannot load .*other"):
+        make_model(f"model.{part}={folder}")
+
+
+def test_models_of_another_kind_are_named(make_model, backbones, tmp_path):
+    """An LLM that is no Llama; an encoder of images and texts; one that leaves out patches."""
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=400, n_embd=32, n_layer=1, n_head=2))
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, vocab_size=99),
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                           num_attention_heads=2, image_size=32, patch_size=8)))
+    masked = transformers.ViTMAEModel(transformers.ViTMAEConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=32, patch_size=8))
+    for model, source, key, words in (
+            (gpt, "llama", "llm", "is a GPT2LMHeadModel; expected an LLM of the Llama"),
+            (clip, "swin", "vision", "CLIPModel gives no last_hidden_state of an image"),
+            (masked, "swin", "vision", "ViTMAEModel leaves out patches at random")):
+        folder = shutil.copytree(backbones / source, tmp_path / type(model).__name__)
+        model.save_pretrained(folder)
+        with pytest.raises(ValueError, match=f"model.{key}: .*{words}"):
+            make_model(f"model.{key}={folder}", "model.lora=null")
+
+
 def test_paper_scale_on_the_meta_device():
     """Sec. 4.1.2: the model of configs/iu_xray.yaml at its published sizes, without its weights."""
     model = paper_model()

@@ -89,6 +89,8 @@ def test_ask_llm_reads_the_visual_tokens(make_model):
         terms = [model.report_term(tokens, batch["report_ids"], batch["report_lengths"])
                  for batch, tokens in probe.visual_batches(model, studies, "")]
     assert own == pytest.approx(float(terms[0]), abs=1e-3)
+    alone = [*studies, read_studies(model.config.data)["train"][2]]  # a batch of two, one of one
+    assert probe.ask_llm(model, alone, sentences)[1:] == (own, others)
 
 
 def test_fit_is_at_the_minimum_of_the_penalised_cross_entropy():
@@ -175,6 +177,15 @@ def test_the_probe_of_a_run(make_config, data_root, tmp_path, monkeypatch, capsy
     assert len(macro.split()) == 8 and "(chance 1.099), did_top1" in did
     assert "with another study's visual tokens" in llm
     assert (tmp_path / "run/teacher.pt").read_bytes() == before
+    monkeypatch.setattr(sys, "argv", [*arguments, "--set", "data.limit=4"])
+    with pytest.raises(ValueError, match="it is of 5 studies, not of the 4 of test"):
+        probe.main()
+    (tmp_path / "run/test_predictions.jsonl").rename(tmp_path / "run/old.jsonl")
+    probe.main()
+    assert "F1 of text" not in capsys.readouterr().out
+    assert (tmp_path / "run/teacher.pt").read_bytes() == before  # of more studies: not replaced
+    (tmp_path / "run/old.jsonl").rename(tmp_path / "run/test_predictions.jsonl")
+    monkeypatch.setattr(sys, "argv", arguments)
 
     true = probe.matrix(read_studies(config.data)["test"], spec)  # a regression that is right
     monkeypatch.setattr(probe, "choose_l2", lambda h, true: 1.0)

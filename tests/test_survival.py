@@ -247,7 +247,8 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(training.fcntl, "lockf", none)
-    with pytest.raises(OSError, match="No locks available"):
+    words = "log.jsonl: cannot be locked .No locks available.; put train.output on"
+    with pytest.raises(OSError, match=words):
         training.open_log(tmp_path / "log.jsonl", 0, True, None)
 
 

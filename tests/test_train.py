@@ -209,6 +209,50 @@ def test_nothing_is_overwritten_silently(make_config, capsys):
             train(make_config("train.max_steps=1"), resume)
 
 
+def test_last_without_best_is_refused(make_config, tmp_path):
+    """A later validation that is worse would write no best.pt, and the run end without one."""
+    train(make_config("train.max_steps=1"))
+    (tmp_path / "run/best.pt").unlink()
+    with pytest.raises(ValueError, match="says that best.pt was written, and .*run has none"):
+        train(make_config("train.max_steps=2"), resume=True)
+
+
+def test_a_resumed_run_meets_the_same_studies(make_config, data_root, tmp_path):
+    """Wherever they lie now; a checkpoint of an older version does not say which they were."""
+    train(make_config("train.max_steps=1"))
+    moved = shutil.copytree(data_root, tmp_path / "moved")
+    train(make_config("train.max_steps=2", f"data.root={moved}"), resume=True)
+    tree = json.loads((moved / "annotation.json").read_text())
+    tree["train"].reverse()
+    (moved / "annotation.json").write_text(json.dumps(tree))
+    other = make_config("train.max_steps=3", f"data.root={moved}")
+    with pytest.raises(ValueError, match="trained on other studies than .*moved holds now"):
+        train(other, resume=True)
+    last = read_checkpoint(tmp_path / "run/last.pt")
+    torch.save({key: value for key, value in last.items() if key != "studies"},
+               tmp_path / "run/last.pt")
+    train(other, resume=True)
+
+
+def test_a_setting_that_an_older_version_lacked_has_its_default(make_config, tmp_path):
+    train(make_config("train.max_steps=1"))
+    last = read_checkpoint(tmp_path / "run/last.pt")
+    del last["config"]["model"]["vse_expansion"]
+    torch.save(last, tmp_path / "run/last.pt")
+    train(make_config("train.max_steps=2"), resume=True)
+    with pytest.raises(ValueError, match="vse_expansion was 2, is 1"):
+        train(make_config("train.max_steps=3", "model.vse_expansion=1"), resume=True)
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "rep\x00ort": 2', "5", "[]"])
+def test_a_hurt_line_of_the_log_is_named(make_config, tmp_path, line):
+    train(make_config("train.max_steps=1"))
+    log = tmp_path / "run/log.jsonl"
+    log.write_text(log.read_text() + line + "\n")
+    with pytest.raises(ValueError, match="log.jsonl: not a line of a log: .*; remove it"):
+        train(make_config("train.max_steps=2"), resume=True)
+
+
 def test_a_run_goes_on_without_its_log(make_config, tmp_path):
     """last.pt and best.pt alone were copied to another machine."""
     train(make_config("train.max_steps=1"))
@@ -279,6 +323,16 @@ def test_teacher_embeddings_are_computed_once(make_config, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's /proc")
+def test_cut_teacher_embeddings_are_computed_again(make_config, tmp_path):
+    train(make_config("train.max_steps=1"))
+    kept = tmp_path / "run/teacher.pt"
+    whole = read_checkpoint(kept, "the teacher", ("key", "embeddings"))["embeddings"]
+    kept.write_bytes(kept.read_bytes()[:500])
+    train(make_config("train.max_steps=2"), resume=True)
+    again = read_checkpoint(kept, "the teacher", ("key", "embeddings"))["embeddings"]
+    assert torch.equal(again, whole)
+
+
 def test_teacher_embeddings_stay_in_their_file(make_model, tmp_path):
     """Where they are computed as where they are read: the ranks of a machine share its pages."""
     maps, model = Path("/proc/self/maps"), make_model()
@@ -430,6 +484,7 @@ def test_a_fault_in_the_loader_is_one_line(make_config, data_root, tmp_path, mon
      "lower train.batch_size"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
      "error: DataLoader worker (pid 7) is killed"),
+    (MemoryError(), "error: out of memory (MemoryError); lower train.batch_size"),
     (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
     (KeyboardInterrupt(), "130")])
 def test_expected_faults_end_in_one_line(error, line):
@@ -457,6 +512,10 @@ def test_fewer_studies_than_a_batch(make_config):
      "error: config configs/none.yaml: no such file"),
     ("train.py", ["--config", "configs/demo.yaml", "--set", "train.lrate=1"],
      "the nearest known key is train.lr"),
+    ("train.py", ["--config", "configs/demo.yaml", "--set", "model.llm=2020-13-45"],
+     "error: --set 'model.llm=2020-13-45': the value is not valid YAML"),
+    ("train.py", ["--config", "configs/demo.yaml", "--set", f"train.seed={2**63}"],
+     "train.seed: got 9223372036854775808, expected at least 0 and below 2**63"),
     ("train.py", ["--config", "configs/iu_xray.yaml", "--set", "data.root=/nowhere"],
      "error: data.root: there is no"),
     ("evaluate.py", ["--checkpoint", "none.pt"], "error: checkpoint none.pt: no such file"),
