@@ -238,6 +238,7 @@ def without_java(monkeypatch, request):
 def pytest_configure(config):
     """On a CPU, where there is a GPU as well; CUDA_VISIBLE_DEVICES=0 lets the tests have it."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
     config.addinivalue_line("markers", "java: runs the program of METEOR 1.5")
 
 
