@@ -280,7 +280,7 @@ def outlive_signals(worker: int) -> None:
 
 def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The shuffled batches of an epoch, by its arguments alone; no incomplete last one (A22)."""
-    # Distinct for each (seed, epoch): no run has 1,000,003 epochs.
+    # Distinct for each (seed, epoch) of seeds below 2**43: no run has 1,000,003 epochs.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(studies, generator=generator).tolist()
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]

@@ -682,7 +682,7 @@ def results_name(checkpoint: Path, split: str) -> str:
 
 
 def origin(config: Config, step: int | None) -> dict:
-    """What decides the texts of a run's evaluation: kept in its metrics."""
+    """Weights, decoding and limit of a run's evaluation: kept in its metrics."""
     return {"step": step, "generate": asdict(config.generate), "limit": config.data.limit}
 
 
@@ -691,11 +691,11 @@ def require_nothing_lost(path: Path, config: Config, chexbert: Path | None,
     """What a `<name>_metrics.json` holds, {} if it is not there.
 
     Raises ValueError, before any work, where new scores (`of`: their `origin`) would replace those
-    of other weights or settings, or lack a part of them.
+    of other weights, decoding or limit, or lack clinical scores or findings.
     """
     old, reason = {}, None
-    with suppress(OSError, ValueError):
-        old = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError):
+        old = dict(json.loads(path.read_text(encoding="utf-8")))
     if of and old.get("origin", of) != of:
         reason = (f"is of other weights or settings ({old['origin']}): move it away with its "
                   f"predictions, or copy the checkpoint into another folder")
@@ -820,7 +820,8 @@ def _row(line: str) -> dict | None:
     try:
         row = json.loads(line)
         texts = [row.get(key) for key in ("id", "prediction", "reference")]
-        texts += [row.get("reference_cut") or "", *row.get("image_path", [])]
+        cut = row.get("reference_cut")
+        texts += ["" if cut is None else cut, *row.get("image_path", [])]
     except (ValueError, AttributeError, TypeError, RecursionError):
         return None
     views = row.get("image_path", [])
@@ -869,7 +870,7 @@ def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
                              f"them only, such as {min(wrong)!r}; --split names another split")
         rows = _rows(splits[split], reports)
     write_results(path.parent, name, rows, config, split, splits["train"], chexbert,
-                  old.get("origin"))
+                  old.get("origin") if ours else None)
 
 
 def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None = None,

@@ -122,7 +122,7 @@ class VDGen(nn.Module):
         depend on, such as a token for masked patches, is frozen: DDP would wait for its gradient.
         """
         kind = type(self.vision).__name__
-        if getattr(self.vision.config, "mask_ratio", 0):
+        if kind.startswith("ViTMAE") and self.vision.config.mask_ratio:
             raise ValueError(f"model.vision: {kind} leaves out patches at random (mask_ratio), in "
                              f"generation, too; convert it to a plain ViT, or name another encoder")
         parameters = dict(self.vision.named_parameters())

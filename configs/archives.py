@@ -24,7 +24,8 @@ LARGEST_TEXT = 1 << 20   # bytes
 LARGEST_IMAGE = 64 << 20  # bytes
 MOST_FILES = 500_000     # of an archive
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP")  # whatever a name says; EPS runs a program
-Image.init()             # else Pillow knows the readers of some of them only
+READ_AT_ONCE = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE,
+                tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
 def leaves(path: str) -> bool:
@@ -89,7 +90,7 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, *arguments) -> tarfile.TarInfo:
         header = super().frombuf(*arguments)
-        if not header.isdev() and not header.isfile() and header.size > LARGEST_TEXT:
+        if header.type in READ_AT_ONCE and header.size > LARGEST_TEXT:
             raise tarfile.ReadError(f"a header of {header.size} bytes")
         return header
 

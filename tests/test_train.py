@@ -322,7 +322,6 @@ def test_teacher_embeddings_are_computed_once(make_config, tmp_path, monkeypatch
     assert len(calls) == 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's /proc")
 def test_cut_teacher_embeddings_are_computed_again(make_config, tmp_path):
     train(make_config("train.max_steps=1"))
     kept = tmp_path / "run/teacher.pt"
@@ -333,6 +332,7 @@ def test_cut_teacher_embeddings_are_computed_again(make_config, tmp_path):
     assert torch.equal(again, whole)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's /proc")
 def test_teacher_embeddings_stay_in_their_file(make_model, tmp_path):
     """Where they are computed as where they are read: the ranks of a machine share its pages."""
     maps, model = Path("/proc/self/maps"), make_model()
