@@ -10,6 +10,7 @@ would turn left into right).
 """
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -248,6 +249,14 @@ def collate(items: list[dict]) -> dict:
             "view_counts": [len(item["images"]) for item in items],
             "report_ids": torch.nn.utils.rnn.pad_sequence(reports, batch_first=True),
             "report_lengths": [len(report) for report in reports]}
+
+
+def digest(studies: Sequence[Study]) -> str:
+    """Of ids, reports and image names, in their order; not of where they lie."""
+    found = hashlib.sha256()
+    for study in studies:
+        found.update(repr((study.id, study.report, study.image_paths)).encode())
+    return found.hexdigest()
 
 
 def loader(dataset: ReportDataset, batches: list[list[int]], workers: int,

@@ -33,8 +33,8 @@ from tqdm import tqdm
 from configs import Config, load_config, parse_config
 from configs.findings import named_findings, named_in_each
 from configs.report import write_page, write_whole
-from data import (ReportDataset, Study, build_demo_if_missing, end_in_one_line, image_problem,
-                  loader, read_image, read_studies)
+from data import (ReportDataset, Study, build_demo_if_missing, digest, end_in_one_line,
+                  image_problem, loader, read_image, read_studies)
 from model import (CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks,
                    read_checkpoint)
 
@@ -681,9 +681,10 @@ def results_name(checkpoint: Path, split: str) -> str:
     return split if checkpoint.stem == "best" else f"{checkpoint.stem}_{split}"
 
 
-def origin(config: Config, step: int | None) -> dict:
-    """Weights, decoding and limit of a run's evaluation: kept in its metrics."""
-    return {"step": step, "generate": asdict(config.generate), "limit": config.data.limit}
+def origin(config: Config, step: int | None, studies: Sequence[Study]) -> dict:
+    """Weights, decoding, precision and studies of an evaluation: kept in its metrics."""
+    return {"step": step, "generate": asdict(config.generate), "precision": config.train.precision,
+            "studies": digest(studies)}
 
 
 def require_nothing_lost(path: Path, config: Config, chexbert: Path | None,
@@ -691,14 +692,15 @@ def require_nothing_lost(path: Path, config: Config, chexbert: Path | None,
     """What a `<name>_metrics.json` holds, {} if it is not there.
 
     Raises ValueError, before any work, where new scores (`of`: their `origin`) would replace those
-    of other weights, decoding or limit, or lack clinical scores or findings.
+    of another origin, or lack clinical scores or findings. Metrics of older versions have no
+    origin: these are replaced.
     """
     old, reason = {}, None
     with suppress(OSError, ValueError, TypeError):
         old = dict(json.loads(path.read_text(encoding="utf-8")))
     if of and old.get("origin", of) != of:
-        reason = (f"is of other weights or settings ({old['origin']}): move it away with its "
-                  f"predictions, or copy the checkpoint into another folder")
+        reason = (f"is of other weights, settings or studies ({old['origin']}): move it away with "
+                  f"its predictions, or work in another folder")
     elif "clinical" in old and not chexbert:
         reason = "has clinical scores, which would be lost: add --chexbert, or move it away"
     elif "findings" in old and not (Path(config.data.root) / "findings.json").is_file():
@@ -733,7 +735,7 @@ def evaluate(model: VDGen, split: str, splits: dict[str, Sequence[Study]], folde
     lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
     write_whole(folder / f"{name}_predictions.jsonl", "".join(lines))
     return write_results(folder, name, rows, model.config, split, splits["train"], chexbert,
-                         origin(model.config, step))
+                         origin(model.config, step, splits[split]))
 
 
 def _rows(studies: Sequence[Study], reports: dict[str, str]) -> list[dict]:
@@ -855,7 +857,8 @@ def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
                                 f"of its data with --config")
     config = load_config(config_path, overrides)
     name, ours = path.stem.removesuffix("_predictions"), path.suffix != ".json"
-    old = require_nothing_lost(path.with_name(f"{name}_metrics.json"), config, chexbert)
+    theirs = None if ours else {"file": path.name}
+    old = require_nothing_lost(path.with_name(f"{name}_metrics.json"), config, chexbert, theirs)
     annotation = (Path(config.data.root) / "annotation.json").is_file()
     splits = {"train": []} if ours and not annotation else read_studies(config.data)
     if ours:
@@ -870,7 +873,7 @@ def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
                              f"them only, such as {min(wrong)!r}; --split names another split")
         rows = _rows(splits[split], reports)
     write_results(path.parent, name, rows, config, split, splits["train"], chexbert,
-                  old.get("origin") if ours else None)
+                  theirs or old.get("origin"))
 
 
 def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None = None,
@@ -1018,7 +1021,7 @@ def main() -> None:
         split = args.split or ("test" if splits["test"] else "val")
         name = results_name(args.checkpoint, split)
         require_nothing_lost(args.checkpoint.with_name(f"{name}_metrics.json"), config,
-                             args.chexbert, origin(config, step))
+                             args.chexbert, origin(config, step, splits[split]))
     model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     model.load_trained_state(checkpoint["model"])
     if args.images:

@@ -8,7 +8,6 @@ resume), best.pt. The loop is `train`; what it calls stands above it, in the ord
 """
 import argparse
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -37,7 +36,7 @@ from tqdm import tqdm
 import configs
 from configs import Config, load_config, parse_config
 from configs.report import write_whole
-from data import (ReportDataset, Study, build_demo_if_missing, collate, end_in_one_line,
+from data import (ReportDataset, Study, build_demo_if_missing, digest, end_in_one_line,
                   epoch_batches, loader, read_studies, require_images)
 from evaluate import evaluate, read_findings, score, write_reports
 from model import (Teacher, VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint)
@@ -254,14 +253,6 @@ class Run:
     best: float = -math.inf      # the highest validation so far
     validated: bool = True       # False between the last step of an epoch and its validation
     written: tuple | None = None  # what the best validation wrote
-
-
-def digest(studies: Sequence[Study]) -> str:
-    """Of ids, reports and image names, in their order."""
-    found = hashlib.sha256()
-    for study in studies:
-        found.update(repr((study.id, study.report, study.image_paths)).encode())
-    return found.hexdigest()
 
 
 def require_batches(studies: int, batch_size: int, world: int) -> None:

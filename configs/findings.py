@@ -9,12 +9,11 @@ from functools import cache
 CLAUSE = re.compile(r"\.|\b(?:but|however|except|besides|aside|although|though|there|"
                     r"(?<!consistent )(?<!compatible )with)\b")
 DENIED = re.compile(r"\b(?:(?:no|without)(?! (?:significant |interval )*change\b(?! to suggest))|"
-                    r"not|neither|free|"
-                    r"negative|absence of|clear of|clear airspace|removal|resolution|exclude|"
-                    r"evaluation|obscure|subcutaneous emphysema|pericardial effusion)\b")
-GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|"
-                  r"(?:is|are) absent|(?<!cannot be )ruled out|"
-                  r"(?:no longer|(?:is|are|was|were) not) (?:well-)?"
+                    r"not|neither|free|negative|absence of|clear of|clear airspace|removal|"
+                    r"resolution|exclude|evaluation|obscure|subcutaneous emphysema|"
+                    r"pericardial effusion)\b")
+GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are) absent|"
+                  r"(?<!cannot be )ruled out|(?:no longer|(?:is|are|was|were) not) (?:well-)?"
                   r"(?:seen|identified|present|visualized|evident))\b")
 
 

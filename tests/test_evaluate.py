@@ -547,8 +547,16 @@ def test_an_evaluation_replaces_no_other(make_config, data_root, tmp_path, monke
     assert files() == after
     notes = json.loads(after["last_test_metrics.json"])["notes"]
     assert not any("its row is of the test split" in note for note in notes)
-    for change in ("generate.num_beams=1", "data.limit=2"):
-        with pytest.raises(ValueError, match="test_metrics.json is of other weights or settings"):
+    theirs = folder / "test.json"  # of a peer, whose metrics would have our name
+    theirs.write_text(json.dumps({f"study{i}": "clear ." for i in range(15, 20)}))
+    with pytest.raises(ValueError, match="test_metrics.json is of other weights, settings or"):
+        run_main(monkeypatch, "--predictions", theirs)
+    theirs.rename(folder / "peer.json")
+    for _ in range(2):  # its own it may replace
+        run_main(monkeypatch, "--predictions", folder / "peer.json")
+    assert json.loads((folder / "peer_metrics.json").read_text())["origin"] == {"file": "peer.json"}
+    for change in ("generate.num_beams=1", "data.limit=2", "train.precision=bf16"):
+        with pytest.raises(ValueError, match="test_metrics.json is of other weights, settings or"):
             run_main(monkeypatch, "--checkpoint", folder / "best.pt", "--set", change)
     with pytest.raises(ValueError, match="has scores of findings, which would be lost"):
         run_main(monkeypatch, "--predictions", folder / "test_predictions.jsonl",

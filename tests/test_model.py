@@ -332,6 +332,9 @@ def test_an_encoder_whose_output_is_a_map(make_model, tmp_path, kind):
      {"layernorm.weight", "layernorm.bias"}),
     ("Swinv2", dict(image_size=32, patch_size=4, window_size=4, embed_dim=8, depths=[1, 1],
                     num_heads=[1, 2]), set()),
+    ("Hiera", dict(image_size=[32, 32], patch_size=[7, 7], patch_stride=[4, 4], embed_dim=8,
+                   depths=[1, 1], num_heads=[1, 2], masked_unit_size=[2, 2],
+                   num_query_pool=1), set()),
     ("PvtV2", dict(image_size=[32, 32], hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1],
                    num_attention_heads=[1, 1, 2, 2]), set())])
 def test_encoders_of_other_families(make_model, tmp_path, kind, sizes, unused):
