@@ -2,14 +2,13 @@
 
     python data.py demo                                                 # train.py does it by itself
     python data.py iu_xray [--reports NLMCXR_reports.tgz --images NLMCXR_png.tgz]    # else fetched
-    python data.py mimic_cxr --jpg DIR --reports DIR [--sections findings+impression]
+    python data.py mimic_cxr --jpg DIR --reports DIR [--sections ...] [--skip-missing]
     python data.py check --config configs/iu_xray.yaml           # open every image, count, compare
 
 How a dataset is made stands in configs/NAME.py. Left out on purpose: augmentation (A21: a flip
 would turn left into right).
 """
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -17,13 +16,12 @@ import pickle
 import re
 import signal
 import sys
-import threading
 from array import array
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -33,12 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import configs
-from configs.archives import SPLITS, leaves, open_image
+from configs.archives import (SPLITS, image_problem, leaves, open_image, process_pool,
+                              require_none)
 from configs.demo import build_demo
-from configs.findings import named_findings
-from configs.iu_xray import build_iu_xray
-from configs.mimic_cxr import annotate, build_mimic_cxr, read_annotation
-from configs.report import write_whole
+from configs.iu_xray import build_iu_xray, write_findings
+from configs.mimic_cxr import annotate, build_mimic_cxr
 
 # R2Gen's character class. By accident `:-\[` is a range: it also deletes <, =, >, @ and capitals,
 # and keeps - # $ (A15).
@@ -105,57 +102,59 @@ def clean_mimic_cxr(report: str) -> str:
     return clean_iu_xray(report)
 
 
-CLEANING = {"iu_xray": clean_iu_xray, "mimic_cxr": clean_mimic_cxr, "demo": clean_iu_xray}
-READY = {"demo": "python data.py demo", "iu_xray": "python data.py iu_xray",
-         "mimic_cxr": "python data.py mimic_cxr --jpg DIR --reports DIR"}
+CLEANING = {"iu_xray": clean_iu_xray, "mimic_cxr": clean_mimic_cxr, "demo": clean_iu_xray,
+            "own": clean_iu_xray}
 
 
 def read_studies(data: configs.Data,
                  problems: list[str] | None = None) -> dict[str, Sequence[Study]]:
     """The studies of each split in `data.root`/annotation.json (R2Gen's format), reports cleaned.
 
-    Raises FileNotFoundError if there is no annotation, and ValueError for one that is broken or has
-    a patient in two splits, naming the study; with a list of `problems` those of single studies are
-    collected there instead.
+    Raises FileNotFoundError if there is none, and ValueError as `parse_studies` does.
     """
-    path, patients = Path(data.root) / "annotation.json", {}
-    tree = _read_annotation(path, data.dataset)
-    seen, splits = set(), {split: Packed() for split in SPLITS}
+    path = Path(data.root) / "annotation.json"
+    if not path.is_file():
+        command = "" if data.dataset == "own" else f" (`python data.py {data.dataset}`)"
+        raise FileNotFoundError(f"data.root: there is no {path}; make it as the README shows under "
+                                f"\"Data\"{command}, or set data.root to where it is")
+    return parse_studies(read_annotation(path), path, data.dataset, data.limit, problems)
+
+
+def parse_studies(tree: dict, path: Path, dataset: str, limit: int | None = None,
+                  problems: list[str] | None = None) -> dict[str, Sequence[Study]]:
+    """The studies of each split of an annotation; one that it lacks is empty.
+
+    Raises ValueError for a broken study, and for a patient in two splits; with a list of `problems`
+    it appends these there instead.
+    """
+    seen, patients, splits = set(), {}, {split: Packed() for split in SPLITS}
     for split, studies in splits.items():
-        for i, entry in enumerate(tree.get(split, [])[:data.limit]):
+        for i, entry in enumerate(tree.get(split, [])[:limit]):
             place = f"{path}: {split}[{i}]"
             try:
-                study = _study(entry, place, data.dataset, seen, tree.get("sections"))
+                study = _study(entry, place, dataset, seen, tree.get("sections"))
                 studies.append(study)
                 if study.patient and patients.setdefault(study.patient, split) != split:
-                    raise ValueError(f"{place}: study {study.id!r}: its patient {study.patient} is "
-                                     f"in {patients[study.patient]}, too; a patient must be in one "
-                                     f"split only")
+                    raise ValueError(f"{place}: patient {study.patient} is in "
+                                     f"{patients[study.patient]}, too; expected in one split only")
             except ValueError as error:
                 if problems is None:
                     raise
                 problems.append(str(error))
-    if not splits["train"] and not problems:
-        raise ValueError(f"{path}: train: no studies")
     return splits
 
 
-def _read_annotation(path: Path, dataset: str) -> dict:
-    """The JSON of an annotation, its splits lists."""
-    if not path.is_file():
-        raise FileNotFoundError(f"data.root: there is no {path}; make it with `{READY[dataset]}` "
-                                f"(see the README, \"Data\"), or set data.root to where it is")
+def read_annotation(path: Path) -> dict:
+    """The JSON of an annotation in R2Gen's format, its splits lists; any split may be missing."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict) or "train" not in tree or set(tree) - {*SPLITS, "sections"}:
-        raise ValueError(f"{path}: expected {{'train': [...], 'val': [...], 'test': [...]}} (val, "
-                         f"test may be missing)")
-    for split in SPLITS:
-        if not isinstance(tree.get(split, []), list):
-            raise ValueError(f"{path}: {split}: got {type(tree[split]).__name__}, expected a list "
-                             f"of studies")
+    known = isinstance(tree, dict) and not set(tree) - {*SPLITS, "sections"}
+    splits = [tree[split] for split in SPLITS if split in tree] if known else []
+    if not any(splits) or not all(isinstance(studies, list) for studies in splits):
+        raise ValueError(f"{path}: expected {{'train': [...], 'val': [...], 'test': [...]}}, lists "
+                         f"of studies; a split may be missing")
     return tree
 
 
@@ -165,7 +164,7 @@ def _study(entry, place: str, dataset: str, seen: set, sections: str | None) -> 
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: got {entry!r:.100}, {expected}")
     name, report, paths = (entry.get(key) for key in ("id", "report", "image_path"))
-    if name in (None, "") or isinstance(name, (dict, list)):
+    if not isinstance(name, (str, int)) or name == "":
         raise ValueError(f"{place}: its id is {name!r:.100}; {expected}")
     name = str(name)
     place = f"{place}: study {name!r:.100}"
@@ -174,12 +173,10 @@ def _study(entry, place: str, dataset: str, seen: set, sections: str | None) -> 
     seen.add(name)
     if not isinstance(report, str) or not report.strip():
         raise ValueError(f"{place} has no report: got {report!r:.100}, expected a text")
-    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
+    if not isinstance(paths, list) or not paths or \
+            not all(isinstance(path, str) and path and not leaves(path) for path in paths):
         raise ValueError(f"{place}: image_path: got {paths!r:.100}, expected a list of one path or "
-                         "more")
-    for path in paths:
-        if leaves(path):
-            raise ValueError(f"{place}: image path {path!r:.100} leaves the images folder")
+                         f"more, relative to the images folder")
     patient = entry.get("subject_id")
     if dataset == "iu_xray" and (number := re.match(r"CXR\d+", name)):
         patient = patient or number[0]
@@ -192,9 +189,8 @@ def require_images(splits: dict[str, Sequence[Study]], data: configs.Data) -> No
     paths = (path for studies in splits.values() for study in studies for path in study.image_paths)
     missing = [path for path in paths if not os.path.isfile(f"{images}/{path}")]
     if missing:
-        raise FileNotFoundError(f"{images}: {len(missing)} images of {data.root}/annotation.json "
-                                f"are not there, such as {missing[0]}; `python data.py check "
-                                f"--config ...` lists all that is wrong")
+        raise FileNotFoundError(f"{images}: {len(missing)} images are not there, such as "
+                                f"{missing[0]}; `python data.py check --config ...` lists them all")
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
@@ -234,14 +230,12 @@ class ReportDataset(Dataset):
 
 
 def collate(items: list[dict]) -> dict:
-    """One batch, the shortest report first; its studies may differ in their number of views (A8).
+    """One batch; its studies may differ in their number of views (A8).
 
     Returns: indices (B numbers of studies), ids, reports (B strings each), images (sum of views, 3,
     H, W) uint8, view_counts (B ints), report_ids (B, L) padded on the right to the longest report,
     report_lengths (B ints).
     """
-    # Like lengths stand together: `VDGen.report_term` pads a group to its own longest report.
-    items = sorted(items, key=lambda item: len(item["report_ids"]))
     reports = [torch.tensor(item["report_ids"]) for item in items]
     return {"indices": [item["index"] for item in items],
             "ids": [item["id"] for item in items], "reports": [item["report"] for item in items],
@@ -259,32 +253,19 @@ def digest(studies: Sequence[Study]) -> str:
     return found.hexdigest()
 
 
+def ignore_interrupt(worker: int) -> None:
+    """A worker ignores Ctrl-C, which reaches it, too: the main process ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def loader(dataset: ReportDataset, batches: list[list[int]], workers: int,
            device: torch.device) -> DataLoader:
     """Those batches, read ahead by so many processes; without a draw of the global random state."""
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-        pin_memory=device.type == "cuda", worker_init_fn=outlive_signals,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator())
-
-
-def outlive_signals(worker: int) -> None:
-    """A loader's worker lives on where a signal stops the run: the step under way may need it.
-
-    Ctrl-C reaches a whole group of processes: it gets one of its own. A scheduler's SIGTERM reaches
-    every process: it counts only from the one that the worker reads for.
-    """
-    os.setpgrp()
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def end_with_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -295,103 +276,63 @@ def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]
 
 
-IU_XRAY_FINDINGS = Path(configs.__file__).with_name("iu_xray_findings.json")  # no clinical labeller
-
-
-def add_findings(folder: Path) -> None:
-    """findings.json of IU-Xray, whose annotation tells none: a study has what its report names."""
-    spec = json.loads(IU_XRAY_FINDINGS.read_text(encoding="utf-8"))
-    spec["studies"] = {
-        study.id: [dict(zip(("finding", "side", "extent"), (finding, *details)))
-                   for finding, details in named_findings(study.report, spec).items()]
-        for studies in read_studies(configs.Data(root=str(folder))).values() for study in studies}
-    write_whole(folder / "findings.json", json.dumps(spec))
-    print(f"{folder / 'findings.json'}: what the reports name, by the phrases of "
-          f"{IU_XRAY_FINDINGS.name}")
-
-
 def check(data: configs.Data) -> list[str]:
     """Print a table of the data, and return all that is wrong with it: every image is opened."""
     problems: list[str] = []
     splits, owner = read_studies(data, problems), {}
-    sections = splits["train"][0].sections if splits["train"] else None
+    sections = next((studies[0].sections for studies in splits.values() if studies), None)
     print(f"{data.root}: {data.dataset}, sections: {sections or 'not stated'}")
     titles = ("studies", "patients", "views", "reports", "words", "longest")
     print(f"{'split':<8}" + "".join(f"{title:>10}" for title in titles))
     for split, studies in splits.items():
         words = [len(study.report.split()) for study in studies] or [0]
         patients = {study.patient for study in studies if study.patient}
-        views, reports = (sum(len(study.image_paths) for study in studies),
-                          len({study.report for study in studies}))
+        views = sum(len(study.image_paths) for study in studies)
+        reports = len({study.report for study in studies})
         print(f"{split:<8}{len(studies):10}{len(patients) or '-':>10}{views:10}{reports:10}"
               f"{np.mean(words):10.1f}{max(words):10}")
         for study in studies:
             for path in study.image_paths:
                 if owner.setdefault(path, study.id) != study.id:
-                    problems.append(f"image {path}: in the studies {owner[path]!r} and "
-                                    f"{study.id!r}")
-    with ProcessPoolExecutor() as pool:
-        paths = [Path(data.root) / "images" / path for path in owner]
-        found = pool.map(image_problem, paths, chunksize=32)
-        found = tqdm(found, total=len(owner), desc="images", unit="image")
+                    problems.append(f"image {path}: of {owner[path]!r} and of {study.id!r}")
+    paths = [Path(data.root) / "images" / path for path in owner]
+    with process_pool() as pool:
+        found = tqdm(pool.map(image_problem, paths, chunksize=32), "images", len(paths))
         problems += [problem for problem in found if problem]
     return problems
 
 
-def image_problem(path: Path) -> str | None:
-    """What is wrong with an image, in one line, or None."""
-    try:
-        image = open_image(path)
-    except (FileNotFoundError, ValueError) as error:
-        return str(error)
-    blank = all(low == high for low, high in np.atleast_2d(image.getextrema()))
-    return f"image {path}: every pixel has one value" if blank else None
-
-
-def build_once(out: Path, build: Callable[[], None]) -> None:
-    """Let `build` make the data root `out` unless it is there: one process builds, others wait."""
-    lock = out.with_name(out.name + ".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            print(f"{out}: another process is making it; waiting", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)  # until that process ends, however it ends
-        except OSError as error:
-            raise OSError(f"{lock}: cannot be locked ({error.strerror}); make the data on a file "
-                          f"system with locks") from None
-        if not (out / "annotation.json").is_file():
-            build()
-        lock.unlink(missing_ok=True)  # not where `build` failed: others may wait for this very file
-
-
 def build_demo_if_missing(data: configs.Data) -> None:
-    """The demo makes its own data and its two models; any other dataset must be there."""
+    """Draw the demo's films if they are not there; any other dataset must be."""
     root = Path(data.root)
-
-    def build() -> None:
-        if root.is_file() or root.is_dir() and any(root.iterdir()):
-            raise ValueError(f"data.root: {root} exists and holds no annotation.json; remove it, "
-                             f"or name another folder")
-        print(f"{root}: not there yet; drawing the demo and pretraining its two models, some "
-              "eight minutes", flush=True)
-        build_demo(root, clean_iu_xray)
-    if data.dataset == "demo" and not (root / "annotation.json").is_file():
-        build_once(root, build)
+    in_the_way = root.exists()
+    if data.dataset != "demo" or (root / "annotation.json").is_file():
+        return
+    if in_the_way:
+        raise ValueError(f"data.root: {root} exists and holds no annotation.json; remove it, or "
+                         f"name another folder")
+    print(f"{root}: not there yet; drawing the demo", flush=True)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as folder:
+        build_demo(Path(folder) / root.name)
+        with suppress(OSError):  # another process may have been faster
+            (Path(folder) / root.name).rename(root)
 
 
 def end_in_one_line(main: Callable[[], None]) -> None:
     """Run a command. An expected fault, a worker's too, ends it in one clear line and status 1."""
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            print(stop, file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         text = str(error).strip() or type(error).__name__
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            text = (f"out of memory ({text.splitlines()[0]}); lower train.batch_size (VSE and DID "
-                    f"depend on it) or train.eval_batch_size, or take smaller models")
+            text = (f"out of memory ({text.splitlines()[0]}); in training set train.recompute, or "
+                    f"lower train.batch_size (VSE and DID depend on it); where reports are "
+                    f"written, lower train.eval_batch_size")
         elif "Original Traceback" in text:  # of a worker: its own message is the last line
             text = text.splitlines()[-1].partition(": ")[2]
         elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
@@ -403,67 +344,54 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    makers = {name: commands.add_parser(name) for name in READY}
+    makers = {name: commands.add_parser(name) for name in ("demo", "iu_xray", "mimic_cxr")}
     for name, maker in makers.items():
-        maker.add_argument("--out", type=Path, default=Path("data") / name,
-                           help="default: %(default)s")
+        maker.add_argument("--out", type=Path, default=Path("data", name), help="%(default)s")
     iu_xray, mimic = makers["iu_xray"], makers["mimic_cxr"]
     iu_xray.add_argument("--reports", type=Path, help="NLMCXR_reports.tgz; downloaded if not named")
     iu_xray.add_argument("--images", type=Path, help="NLMCXR_png.tgz; downloaded if not named")
     mimic.add_argument("--jpg", type=Path, required=True, help="the folder of mimic-cxr-jpg")
     source = mimic.add_mutually_exclusive_group(required=True)
-    source.add_argument("--reports", type=Path,
-                        help="the folder of mimic-cxr, or mimic-cxr-reports.zip")
+    source.add_argument("--reports", type=Path, help="mimic-cxr, or mimic-cxr-reports.zip")
     source.add_argument("--annotation", type=Path, help="R2Gen's own annotation.json")
-    mimic.add_argument("--sections", choices=("findings", "findings+impression"),
-                       help="A19; default: findings")
+    mimic.add_argument("--sections", choices=("findings", "findings+impression"), help="A19")
+    mimic.add_argument("--skip-missing", action="store_true",
+                       help="leave out the studies whose images are missing or broken")
     checker = commands.add_parser("check")
     checker.add_argument("--config", required=True, help="a file of configs/")
-    checker.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                         help="override the config")
+    checker.add_argument("--set", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE")
     args = parser.parse_args()
     if args.command == "mimic_cxr" and args.annotation and args.sections:
         raise ValueError("--sections: of no use with --annotation, which holds the reports")
+    for key in getattr(args, "set", ()):
+        if not key.startswith("data."):
+            raise ValueError(f"--set {key}: of no use with check; that takes --set data")
     return args
-
-
-def make(args: argparse.Namespace) -> None:
-    """The dataset that the command line names, from the files that it names."""
-    if args.command == "demo":
-        return build_demo(args.out, clean_iu_xray)
-    if args.command == "iu_xray":
-        build_iu_xray(args.out, args.reports, args.images)
-        return add_findings(args.out)
-    if args.annotation:
-        seen: set[str] = set()
-        tree = read_annotation(args.annotation,
-                               lambda entry, place: _study(entry, place, "mimic_cxr", seen, None))
-    else:
-        tree = annotate(args.jpg, args.reports, args.sections or "findings")
-    build_mimic_cxr(args.out, args.jpg, tree)
 
 
 def main() -> None:
     args = parse_arguments()
     if args.command == "check":
-        for key in args.set:
-            if not key.startswith("data."):
-                raise ValueError(f"--set {key}: of no use with check; that takes --set data")
-        problems = check(configs.load_config(args.config, args.set).data)
-        for problem in problems[:50]:
-            print(problem)
-        if problems:
-            shown = ", the first 50 of them above" if len(problems) > 50 else ""
-            raise ValueError(f"{len(problems)} problems{shown}")
+        require_none(check(configs.load_config(args.config, args.set).data))
         return print("nothing is wrong")
     if (args.out / "annotation.json").is_file():
-        if args.command == "iu_xray" and not (args.out / "findings.json").is_file():
-            return add_findings(args.out)
-        return print(f"{args.out}: there already; nothing to do")
-    if args.out.exists():
+        print(f"{args.out}: there already")
+    elif args.out.exists():
         raise ValueError(f"--out {args.out}: exists and holds no annotation.json; remove it, or "
                          f"name another folder")
-    build_once(args.out, partial(make, args))
+    elif args.command == "demo":
+        build_demo_if_missing(configs.Data(root=str(args.out), dataset="demo"))
+    elif args.command == "iu_xray":
+        build_iu_xray(args.out, args.reports, args.images)
+    else:
+        if args.annotation:
+            tree = read_annotation(args.annotation)
+            parse_studies(tree, args.annotation, "mimic_cxr")  # ValueError if it is broken
+        else:
+            tree = annotate(args.jpg, args.reports, args.sections or "findings")
+        build_mimic_cxr(args.out, args.jpg, tree, args.skip_missing)
+    if args.command == "iu_xray":  # in R2Gen's own folder, too
+        write_findings(args.out, read_studies(configs.Data(root=str(args.out))))
 
 
 if __name__ == "__main__":

@@ -7,22 +7,21 @@
     python evaluate.py --checkpoint runs/iu_xray/best.pt --images frontal.png lateral.png
 
 The last writes one report. The scores equal pycocoevalcap's on the same strings. References are
-cleaned when the data is read; nothing here cleans.
+cleaned when the data is read; predictions are scored as they are, or cleaned by --clean.
 """
 import argparse
 import json
 import math
 import random
-import re
 import shutil
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, reduce
 from importlib.util import find_spec
+from itertools import product, zip_longest
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +29,13 @@ import torch
 from nltk.util import ngrams
 from tqdm import tqdm
 
-from configs import Config, load_config, parse_config
-from configs.findings import named_findings, named_in_each
-from configs.report import write_page, write_whole
-from data import (ReportDataset, Study, build_demo_if_missing, digest, end_in_one_line,
-                  image_problem, loader, read_image, read_studies)
-from model import (CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_model, ranks,
-                   read_checkpoint)
+from configs import Config, load_config
+from configs.archives import SPLITS, image_problem
+from configs.findings import findings_details, findings_matrices, read_findings
+from configs.report import draw_page, principal_plane, write_whole
+from data import (CLEANING, ReportDataset, Study, build_demo_if_missing, digest, end_in_one_line,
+                  loader, read_image, read_studies)
+from model import CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_checkpoint, ranks
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 PAPER = {  # Tables 1 and 3, the rows of VDGen; all on the test split
@@ -45,14 +44,17 @@ PAPER = {  # Tables 1 and 3, the rows of VDGen; all on the test split
     | {"clinical": {"precision": 0.426, "recall": 0.397, "f1": 0.402}},
 }
 FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # CheXpert's
-LABELS = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}
+LABELS = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}  # 13: without No Finding
+READINGS = {"uncertain_negative": [1], "uncertain_positive": [1, 3]}  # the classes that are true
 HEADLINE = ("uncertain_negative", "14", "macro")  # A17: as R2Gen, whose rows Table 3 starts from
-MEANS = ("micro", "macro", "example")
+PRF = ("precision", "recall", "f1")
+HEAD = (*PRF, "95 % of F1", "studies")
+MEANS = ("micro", "macro", "weighted", "example")
 RESAMPLES, TAIL = 1000, 25  # sets of resampled studies; 2.5 % of them on each side of an interval
-METEOR_SECONDS = 600  # looping text can keep the aligner of METEOR busy for ever
+METEOR_SECONDS = 600  # for a corpus
 
 
-# The scores ---------------------------------------------------------------------------------------
+# The text scores ----------------------------------------------------------------------------------
 
 def score(predictions: dict[str, str], references: dict[str, str],
           meteor: bool = True) -> dict[str, float]:
@@ -60,8 +62,7 @@ def score(predictions: dict[str, str], references: dict[str, str],
 
     Args:
         predictions, references: {study id: text}, scored as they are, words split at blanks.
-        meteor: METEOR takes a Java process and some seconds; its key is missing without, or if Java
-            is not there.
+        meteor: without it, and where `meteor_1_5` gives none, the key is missing.
     Returns:
         the keys of METRICS; CIDEr from 0 to 10, the others from 0 to 1.
     Raises:
@@ -71,33 +72,24 @@ def score(predictions: dict[str, str], references: dict[str, str],
         raise ValueError(f"score: got {len(predictions)} predictions for {len(references)} "
                          "references; expected the same ids, at least one")
     pairs = [(predictions[name], references[name]) for name in references]
-    scores = text_totals(text_statistics(pairs))
-    if meteor:
-        with suppress(RuntimeError):  # `measure` says why
-            scores["METEOR"] = meteor_1_5([pairs])[0]
-    return scores
+    scores = scores_of({"text": text_statistics(pairs)})
+    return scores | meteor_1_5(predictions, references) if meteor else scores
 
 
 def text_statistics(pairs: list[tuple[str, str]]) -> np.ndarray:
     """(12, N): of each (prediction, reference) the numbers whose sums give a corpus's scores.
 
-    The rows: the ten of `bleu_counts`, ROUGE-L, CIDEr-D, whose idf is that of all references here.
+    The rows: the ten of `bleu_statistics`, ROUGE-L, CIDEr-D, whose idf is that of all references.
     """
     predictions, references = zip(*pairs)
     rouge = [rouge_l(*pair) for pair in pairs]
-    return np.array([*bleu_counts(pairs), rouge, CiderD(references).each(predictions)])
-
-
-def text_totals(statistics: np.ndarray) -> dict[str, float]:
-    """BLEU-1..4, ROUGE-L and CIDEr-D of the corpus that `text_statistics` are of."""
-    scores = text_scores(statistics.sum(axis=1), statistics.shape[1])
-    return {name: float(value) for name, value in scores.items()}
+    return np.array([*bleu_statistics(pairs), rouge, CiderD(references).each(predictions)])
 
 
 def text_scores(sums: np.ndarray, studies: int) -> dict[str, np.ndarray]:
     """BLEU-1..4, ROUGE-L and CIDEr-D from sums of `text_statistics` over studies, (12, ...)."""
     *counts, rouge, cider = sums
-    bleus = dict(zip(METRICS, bleu_of_counts(np.array(counts))))
+    bleus = dict(zip(METRICS, bleu_scores(np.array(counts))))
     return bleus | {"ROUGE_L": rouge / studies, "CIDEr": cider / studies}
 
 
@@ -108,12 +100,7 @@ def _ngram_counts(text: str) -> tuple[Counter, ...]:
     return tuple(Counter(ngrams(words, n)) for n in range(1, 5))
 
 
-def bleu(pairs: list[tuple[str, str]]) -> list[float]:
-    """Corpus BLEU-1..4 (Papineni et al., 2002) of (prediction, reference) pairs."""
-    return [float(value) for value in bleu_of_counts(bleu_counts(pairs).sum(axis=1))]
-
-
-def bleu_counts(pairs: list[tuple[str, str]]) -> np.ndarray:
+def bleu_statistics(pairs: list[tuple[str, str]]) -> np.ndarray:
     """(10, N): right 1- to 4-grams (clipped), written 1- to 4-grams, words of either text."""
     columns = []
     for prediction, reference in pairs:
@@ -126,8 +113,11 @@ def bleu_counts(pairs: list[tuple[str, str]]) -> np.ndarray:
     return np.array(columns, dtype=float).T
 
 
-def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
-    """BLEU-1..4, (4, ...), from sums of `bleu_counts`, (10, ...); coco-caption's 1e-15 and 1e-9."""
+def bleu_scores(counts: np.ndarray) -> np.ndarray:
+    """BLEU-1..4 (Papineni et al., 2002), (4, ...), from sums of `bleu_statistics`, (10, ...).
+
+    With coco-caption's 1e-15 and 1e-9.
+    """
     correct, guessed, (written, expected) = counts[:4], counts[4:8], counts[8:]
     precisions = np.cumprod((correct + 1e-15) / (guessed + 1e-9), axis=0)
     ratio = (written + 1e-15) / (expected + 1e-9)
@@ -170,19 +160,14 @@ class CiderD:
         self.idf = {gram: self.log_studies - math.log(count) for gram, count in frequency.items()}
         self.references = [self._vector(text) for text in references]
 
-    def _vector(self, text: str) -> tuple[list[dict], list[float], int]:
-        """For each n: weights and norm; and the number of bigrams."""
-        weights, norms = [], []
+    def _vector(self, text: str) -> tuple[list[tuple[dict, float]], int]:
+        """For each n: weights and their norm; and the number of bigrams."""
+        vectors = []
         for counts in _ngram_counts(text):
-            vector = {gram: count * self.idf.get(gram, self.log_studies)
-                      for gram, count in counts.items()}
-            weights.append(vector)
-            norms.append(math.sqrt(sum(weight * weight for weight in vector.values())))
-        return weights, norms, _ngram_counts(text)[1].total()
-
-    def __call__(self, predictions: list[str]) -> float:
-        """Mean over the studies."""
-        return float(np.mean(self.each(predictions)))
+            weights = {gram: count * self.idf.get(gram, self.log_studies)
+                       for gram, count in counts.items()}
+            vectors.append((weights, math.sqrt(sum(w * w for w in weights.values()))))
+        return vectors, _ngram_counts(text)[1].total()
 
     def each(self, predictions: list[str]) -> list[float]:
         """One value a study, in the order of the references."""
@@ -194,56 +179,35 @@ class CiderD:
     def _similarity(ours, theirs, sigma: float = 6.0) -> float:
         """Of two results of `_vector`."""
         total = 0.0
-        for our, their, our_norm, their_norm in zip(ours[0], theirs[0], ours[1], theirs[1]):
+        for (our, our_norm), (their, their_norm) in zip(ours[0], theirs[0]):
             dot = sum(min(w, their[gram]) * their[gram] for gram, w in our.items() if gram in their)
             total += dot / (our_norm * their_norm) if our_norm and their_norm else dot
-        return 10 * total / 4 * math.exp(-((ours[2] - theirs[2]) ** 2) / (2 * sigma**2))
+        return 10 * total / 4 * math.exp(-((ours[1] - theirs[1]) ** 2) / (2 * sigma**2))
 
 
-def meteor_1_5(corpora: list[list[tuple[str, str]]]) -> list[float]:
-    """METEOR 1.5 (Denkowski and Lavie, 2014) of each list of (prediction, reference) pairs.
+def meteor_1_5(predictions: dict[str, str], references: dict[str, str]) -> dict[str, float]:
+    """{"METEOR": METEOR 1.5 (Denkowski and Lavie, 2014), by pycocoevalcap's Java program}.
 
-    By its own Java program, in one process for all of them: it loads its tables for seconds. It is
-    ended whatever happens, after METEOR_SECONDS at the latest. Raises RuntimeError with the reason
-    if Java or the program (in pycocoevalcap) is not there, or it failed.
+    {} without Java or pycocoevalcap, or where the program fails or takes METEOR_SECONDS.
     """
-    package = find_spec("pycocoevalcap")
-    jar = package and Path(package.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"
-    if shutil.which("java") is None or not jar or not jar.is_file():
-        raise RuntimeError("needs Java and `pip install pycocoevalcap`; at least one of them is "
-                           "not there")
-    command = ["java", "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
-    process = subprocess.Popen(
-        command, cwd=jar.parent, text=True, encoding="utf-8", bufsize=1,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    watchdog = threading.Timer(METEOR_SECONDS, process.kill)
+    if shutil.which("java") is None or find_spec("pycocoevalcap") is None:
+        return {}
+    from pycocoevalcap.meteor.meteor import Meteor
+    # A line is a request, and ||| parts its texts.
+    ours, theirs = ({name: [" ".join(text.replace("|||", "").split())]
+                     for name, text in texts.items()} for texts in (predictions, references))
+    program = Meteor()
+    watchdog = threading.Timer(METEOR_SECONDS, program.meteor_p.kill)
     watchdog.start()
-
-    def ask(line: str | None = None) -> str:
-        if line is not None:
-            process.stdin.write(line + "\n")
-        answer = process.stdout.readline().strip()
-        if not answer:
-            raise BrokenPipeError
-        return answer
     try:
-        scores = []
-        for pairs in corpora:
-            texts = [[" ".join(text.replace("|||", "").split()) for text in pair] for pair in pairs]
-            statistics = [ask(f"SCORE ||| {reference} ||| {prediction}")
-                          for prediction, reference in texts]
-            ask("EVAL ||| " + " ||| ".join(statistics))
-            answers = [ask() for _ in pairs]  # the studies behind the first, then the corpus
-            scores.append(float(answers[-1]))
-        return scores
-    except (BrokenPipeError, ValueError):
-        when = "less than" if watchdog.is_alive() else "the limit of"
-        raise RuntimeError(f"its program stopped after {when} {METEOR_SECONDS} seconds (looping "
-                           f"text can keep it busy for ever)") from None
+        return {"METEOR": program.compute_score(theirs, ours)[0]}
+    except (OSError, ValueError):  # a pipe without a reader, an empty answer
+        return {}
     finally:
         watchdog.cancel()
-        process.kill()
-        process.communicate()
+        program.meteor_p.kill()
+        if program.lock.locked():  # an error left it so, and `Meteor.__del__` waits for it
+            program.lock.release()
 
 
 def best_constant(train_reports: list[str]) -> str:
@@ -258,151 +222,88 @@ def best_constant(train_reports: list[str]) -> str:
     candidates = [text for text, _ in frequent[:100]]
 
     def value(text: str) -> float:
-        return bleu([(text, reference) for reference in sample])[3] + cider([text] * len(sample))
+        sums = bleu_statistics([(text, reference) for reference in sample]).sum(axis=1)
+        return bleu_scores(sums)[3] + np.mean(cider.each([text] * len(sample)))
     return max(tqdm(candidates, desc="best constant", leave=False), key=value)
 
 
 # Clinical efficacy (Table 3), and findings for data that comes with findings.json -----------------
 
-def precision_recall_f1(named: np.ndarray, true: np.ndarray, labels: list[str]) -> dict:
-    """Precision, recall and F1 of (N, L) bool matrices, N studies, L labels; 0 / 0 is 0 as in R2Gen
+def precision_recall_f1(both: np.ndarray, named: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """(3, ...) from three counts, as 2 both / (named + true) for F1; 0 / 0 is 0, as in R2Gen."""
+    return np.array([both / np.maximum(named, 1), both / np.maximum(true, 1),
+                     2 * both / np.maximum(named + true, 1)])
 
-    micro_*: of all pairs of study and label; macro_*: mean over labels; example_*: over studies;
-    each: for every label, with the number of studies in which it is true.
+
+def label_statistics(named: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """(3 L + 3, N) of (N, L) bool, N studies, L labels.
+
+    The rows: of each label, named and true; named; true. Then precision, recall, F1 of the study.
     """
-    def scores(axis: int | None) -> tuple[np.ndarray, ...]:
-        both, ours, theirs = (named & true).sum(axis), named.sum(axis), true.sum(axis)
-        return (both / np.maximum(ours, 1), both / np.maximum(theirs, 1),
-                2 * both / np.maximum(ours + theirs, 1))
-    keys = ("precision", "recall", "f1")
-    found = {f"{mean}_{key}": float(np.mean(value)) for mean, axis in zip(MEANS, (None, 0, 1))
-             for key, value in zip(keys, scores(axis))}
-    each = zip(labels, *(value.tolist() for value in scores(0)), true.sum(0).tolist())
-    return found | {"each": {label: dict(zip((*keys, "studies"), row)) for label, *row in each}}
+    both = named & true
+    of_study = precision_recall_f1(both.sum(axis=1), named.sum(axis=1), true.sum(axis=1))
+    return np.vstack([both.T, named.T, true.T, of_study])
 
 
-def score_clinical(predictions: list[list[int]], references: list[list[int]]) -> dict:
-    """Table 3 from CheXbert's classes, (N, 14) each: both readings of "uncertain" (A17).
+def label_scores(sums: np.ndarray, studies: int) -> dict[str, np.ndarray]:
+    """Precision, recall and F1 by every mean (A17), from sums of `label_statistics`, (3 L + 3, ...)
 
-    Returns: {"uncertain_negative" | "uncertain_positive": {"14" | "13" | "5": see
-    `precision_recall_f1`}}; "13" is without No Finding. The headline, HEADLINE, is the macro
-    average of 14 labels with uncertain as negative.
+    micro: of all pairs of study and label; macro: mean over labels; weighted: the same, by the
+    number of studies that have the label; example: mean over studies.
     """
-    found: dict[str, dict] = {}
-    for reading, size, *matrices in clinical_matrices(predictions, references):
-        found.setdefault(reading, {})[size] = precision_recall_f1(*matrices, LABELS[size])
-    return found
+    both, named, true = np.split(sums[:-3], 3)
+    each = precision_recall_f1(both, named, true)
+    micro = precision_recall_f1(both.sum(axis=0), named.sum(axis=0), true.sum(axis=0))
+    weighted = (each * true).sum(axis=1) / np.maximum(true.sum(axis=0), 1)
+    means = zip(MEANS, (micro, each.mean(axis=1), weighted, sums[-3:] / studies))
+    return {f"{mean}_{key}": x for mean, values in means for key, x in zip(PRF, values)}
 
 
-def clinical_matrices(predictions: list[list[int]], references: list[list[int]]):
-    """For each reading of "uncertain" and group of labels: their keys; named, true: (N, L) bool."""
-    ours, theirs = np.array(predictions), np.array(references)
-    for reading, positive in (("uncertain_negative", [1]), ("uncertain_positive", [1, 3])):
-        named, true = np.isin(ours, positive), np.isin(theirs, positive)
-        for size, labels in LABELS.items():
-            columns = [CONDITIONS.index(label) for label in labels]
-            yield reading, size, named[:, columns], true[:, columns]
+def each_label(statistics: np.ndarray, labels: Sequence[str]) -> dict[str, dict]:
+    """{label: precision, recall, f1, and the studies that have it}, of `label_statistics`."""
+    both, named, true = np.split(statistics[:-3].sum(axis=1), 3)
+    columns = [*precision_recall_f1(both, named, true).tolist(), true.astype(int).tolist()]
+    return {label: dict(zip((*PRF, "studies"), row)) for label, *row in zip(labels, *columns)}
 
 
-def read_findings(config: Config, names) -> dict | None:
-    """findings.json of the data, if there is one: what studies hold, and phrases that name it."""
-    path = Path(config.data.root) / "findings.json"
-    if not path.is_file():
-        return None
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        for group in (spec["phrases"], spec["sides"], spec["extents"]):
-            for name, phrases in group.items():
-                if not isinstance(phrases, list) or not phrases or not all(phrases):
-                    raise ValueError(f"{name!r} has no list of phrases")
-        named_findings("", spec)
-        unknown = [name for name in names if name not in spec["studies"]]
-        for held in spec["studies"].values():
-            for finding in held:
-                spec["phrases"][finding["finding"]], finding["side"], finding["extent"]
-    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise ValueError(f"{path}: expected `phrases`, `sides` and `extents`, regular expressions, "
-                         "and in `studies` for each study a list of {finding, side, extent}; got "
-                         f"{type(error).__name__}: {error}") from None
-    if unknown:
-        raise ValueError(f"{path}: {len(unknown)} studies are not in it, such as {unknown[0]!r}; "
-                         "it must hold all of them")
-    return spec
-
-
-def score_findings(predictions: dict[str, str], spec: dict) -> dict:
-    """`precision_recall_f1` of findings, present or not.
-
-    macro_f1_frequent and _rare: over the half of the findings with most studies, and the other (the
-    long tail, Sec. 1). `side` and `extent` are apart: the share named right, of the findings that
-    are there, were named, and have one.
-    """
-    named = named_in_each(predictions.values(), spec)
-    true = [{f["finding"]: (f["side"], f["extent"]) for f in spec["studies"][name]}
-            for name in predictions]
-    labels = list(spec["phrases"])
-    present = [np.array([[label in row for label in labels] for row in rows])
-               for rows in (named, true)]
-    found = precision_recall_f1(*present, labels)
-    f1 = [row["f1"] for row in sorted(found["each"].values(), key=lambda row: -row["studies"])]
-    half = (len(f1) + 1) // 2
-    found["macro_f1_frequent"] = float(np.mean(f1[:half]))
-    found["macro_f1_rare"] = float(np.mean(f1[half:] or [0]))
-    for i, key in enumerate(("side", "extent")):
-        right = [ours[label][i] == theirs[label][i] for ours, theirs in zip(named, true)
-                 for label in ours.keys() & theirs.keys() if theirs[label][i] is not None]
-        found[key] = float(np.mean(right)) if right else None
-    return found
-
-
-# Intervals and comparisons ------------------------------------------------------------------------
+# Scores of the corpus, their intervals, and comparisons -------------------------------------------
 
 Statistics = dict[str, np.ndarray]  # {part: (K, N)}: by sums over studies, its scores
 
 
 def study_statistics(predictions: dict[str, str], references: dict[str, str],
                      spec: dict | None = None, label: Callable | None = None) -> Statistics:
-    """{"text": (12, N), "findings" and "clinical.<reading>.<size>": (2 L, N) for L labels}.
+    """{"text": (12, N), "findings" and "clinical.<reading>.<size>": (3 L + 3, N) for L labels}.
 
     The texts are {study id: text}; spec and label are findings.json and CheXbert, as in `measure`.
+    Both readings of "uncertain" are there, for 14, 13 and 5 labels (A17).
     """
-    texts = [predictions[name] for name in references]
-    parts = {"text": text_statistics(list(zip(texts, references.values())))}
+    texts = {name: predictions[name] for name in references}
+    parts = {"text": text_statistics(list(zip(texts.values(), references.values())))}
     if spec:
-        named = named_in_each(texts, spec)
-        true = [{found["finding"] for found in spec["studies"][name]} for name in references]
-        matrices = (np.array([[finding in row for finding in spec["phrases"]] for row in rows])
-                    for rows in (named, true))
-        parts["findings"] = label_statistics(*matrices)
-    if label:
-        classes = label(texts), label(list(references.values()))
-        for reading, size, *matrices in clinical_matrices(*classes):
-            parts[f"clinical.{reading}.{size}"] = label_statistics(*matrices)
+        parts["findings"] = label_statistics(*findings_matrices(texts, spec))
+    classes = [label(list(part.values())) for part in (texts, references)] if label else []
+    for reading, size in product(READINGS, LABELS) if label else ():
+        columns = [CONDITIONS.index(name) for name in LABELS[size]]
+        matrices = [np.isin(part, READINGS[reading])[:, columns] for part in classes]
+        parts[f"clinical.{reading}.{size}"] = label_statistics(*matrices)
     return parts
 
 
-def label_statistics(named: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """(2 L, N) of (N, L) bool: F1's numerators, 2 (named and true); then named + true of each."""
-    return np.vstack([2.0 * (named & true).T, 1.0 * named.T + true.T])
+def scores_of(statistics: Statistics, draws: np.ndarray | None = None) -> dict:
+    """{"BLEU_1", .., "findings.micro_f1", ..} of all studies, or (R,) each of `resamples`.
 
-
-def label_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """F1 as in `precision_recall_f1`, from sums of `label_statistics` over studies, (2 L, ...)."""
-    both, total = np.split(sums, 2)
-    return {"micro_f1": both.sum(axis=0) / np.maximum(total.sum(axis=0), 1),
-            "macro_f1": (both / np.maximum(total, 1)).mean(axis=0)}
-
-
-def scores_of(statistics: Statistics, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """{"BLEU_1", .., "findings.micro_f1", ..} of all studies, or (R,) each of `resamples`."""
+    Of resamples without precision and recall: these get no interval.
+    """
     scores = {}
     for part, rows in statistics.items():
         sums = rows.sum(axis=1) if draws is None else rows @ draws
-        if part == "text":
-            scores |= text_scores(sums, rows.shape[1])
-        else:
-            scores |= {f"{part}.{key}": value for key, value in label_scores(sums).items()}
-    return scores
+        found = (text_scores if part == "text" else label_scores)(sums, rows.shape[1])
+        prefix = "" if part == "text" else f"{part}."
+        scores |= {prefix + key: value for key, value in found.items()}
+    if draws is None:
+        return {name: float(value) for name, value in scores.items()}
+    return {name: value for name, value in scores.items() if not name.endswith(PRF[:2])}
 
 
 def resamples(studies: int) -> np.ndarray:
@@ -450,39 +351,162 @@ def compare(ours: list[Statistics], theirs: list[Statistics]) -> dict[str, dict]
     Returns: {score: {"a", "b", "difference": a - b, "interval": [low, high], "excludes_0"}}.
     """
     draws = resamples(ours[0]["text"].shape[1])
-    (a, a_drawn), (b, b_drawn) = (_mean_over_files(side, draws) for side in (ours, theirs))
+    a, b = ([scores_of(statistics) for statistics in side] for side in (ours, theirs))
+    a, b = ({name: float(np.mean([scores[name] for scores in side])) for name in side[0]}
+            for side in (a, b))
+    # The seed goes with the better side, wherever it stands: swapped sides swap the sign only.
+    a_drawn = resampled_means(ours, draws, seed=1 + (a["BLEU_4"] > b["BLEU_4"]))
+    b_drawn = resampled_means(theirs, draws, seed=1 + (b["BLEU_4"] > a["BLEU_4"]))
     found = {}
-    for name in a:
+    for name in a_drawn:
         low, high = interval(a_drawn[name] - b_drawn[name])
         found[name] = {"a": a[name], "b": b[name], "difference": a[name] - b[name],
                        "interval": [low, high], "excludes_0": low > 0 or high < 0}
     return found
 
 
-def _mean_over_files(files: list[Statistics], draws: np.ndarray) -> tuple[dict, dict]:
-    """{score: mean over the n files}, and {score: (R,)}: in each resample over n files drawn anew.
+def resampled_means(files: list[Statistics], draws: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """{score: (R,)}: in each resample of studies, the mean over n of the n files, drawn anew.
 
-    The variance of such a mean is (n - 1) / n of what it should be; it is stretched by as much.
+    The mean of n drawn files has the variance (n - 1) / n * s^2 / n, where s^2 is the files'
+    unbiased one, and should have s^2 / n: with w' the share of a file among those drawn, its weight
+    is w = 1/n + sqrt(n / (n - 1)) * (w' - 1/n).
     """
     n = len(files)
-    own_seed = [int(statistics["text"][:10].sum()) for statistics in files]
-    rng = np.random.default_rng(own_seed)  # so that swapped sides swap the sign only
-    share = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).T / n
-    share = 1 / n + math.sqrt(n / max(n - 1, 1)) * (share - 1 / n)
-    points = [scores_of(statistics) for statistics in files]
+    share = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).T / n
+    weights = 1 / n + math.sqrt(n / max(n - 1, 1)) * (share - 1 / n)
     drawn = [scores_of(statistics, draws) for statistics in files]
-    means = {name: float(np.mean([scores[name] for scores in points])) for name in points[0]}
-    return means, {name: sum(w * scores[name] for w, scores in zip(share, drawn)) for name in means}
+    return {name: sum(w * scores[name] for w, scores in zip(weights, drawn)) for name in drawn[0]}
+
+
+# All scores of an evaluation, and their tables ----------------------------------------------------
+
+def measure(rows: list[dict], config: Config, split: str, train_reports: list[str],
+            spec: dict | None = None, label: Callable | None = None) -> dict:
+    """All scores of an evaluation, in the layout of `<split>_metrics.json`.
+
+    Args:
+        rows: a dict a study with id, prediction, reference and, where known, reference_cut.
+        train_reports: cleaned; if there are none, there is no constant report.
+        spec: findings.json (`read_findings`), for `findings`.
+        label: from reports to the classes of CheXbert (`chexbert_labeller`), for `clinical`.
+    """
+    predictions = {row["id"]: row["prediction"] for row in rows}
+    references = {row["id"]: row["reference"] for row in rows}
+    cut = {row["id"]: row["reference_cut"] for row in rows if row.get("reference_cut") is not None}
+
+    def tables(texts: dict[str, str]) -> dict:
+        statistics = study_statistics(texts, references, spec, label)
+        scores = scores_of(statistics) | meteor_1_5(texts, references)
+        for part in statistics.keys() - {"text"}:
+            labels = LABELS.get(part.rpartition(".")[2]) or spec["phrases"]
+            scores[f"{part}.each"] = each_label(statistics[part], labels)
+        counts = {"n": len(texts), "distinct": len(set(texts.values()))}
+        found = counts | nested(scores) | {"intervals": intervals(statistics)}
+        if cut:
+            found["cut_references"] = counts | score(texts, cut)
+        if spec:
+            found["findings"] |= findings_details(texts, spec, found["findings"]["each"])
+        if label:
+            found["clinical"]["headline"] = HEADLINE
+        return found
+    metrics = tables(predictions) | {"constant": None, "paper": PAPER.get(config.data.dataset)}
+    if train_reports:
+        text = best_constant(train_reports)
+        metrics["constant"] = tables(dict.fromkeys(predictions, text)) | {"text": text}
+    texts = {"predictions": predictions, "references": references, "cut_references": cut}
+    metrics["mean_words"] = {name: sum(len(text.split()) for text in part.values()) / len(part)
+                             for name, part in texts.items() if part}
+    metrics["notes"] = notes_on(metrics, rows, config, split)
+    return metrics
+
+
+def notes_on(metrics: dict, rows: list[dict], config: Config, split: str) -> list[str]:
+    """Why a score is not there, or does not compare."""
+    notes, known = [], set().union(*(row["reference"] for row in rows))
+    strange = {c for row in rows for c in row["prediction"] if c not in known
+               and (c.isupper() or not c.isalnum() and not c.isspace())}
+    uncleaned = sum(not strange.isdisjoint(row["prediction"]) for row in rows)
+    if "METEOR" not in metrics:
+        notes.append("METEOR: needs Java and `pip install pycocoevalcap`, and is ended after "
+                     f"{METEOR_SECONDS} seconds (looping text can keep it busy for ever)")
+    if metrics["paper"] and split != "test":
+        notes.append(f"paper: its row is of the test split, these scores are of {split}")
+    if metrics["constant"] is None:
+        notes.append(f"constant: needs the training reports; {config.data.root} holds none")
+    if "cut_references" not in metrics:
+        notes.append("cut_references: need the tokenizer of the LLM; the predictions hold none")
+    if uncleaned:
+        notes.append(f"predictions: {uncleaned} hold capitals or punctuation that no reference "
+                     "has; `--predictions FILE --clean` cleans them as the references are (A15)")
+    return notes
+
+
+def print_table(title: str, head: Sequence[str], rows: list[tuple[str, Sequence]]) -> None:
+    """A line a row, (its title, cells): None is "-", a float has three digits."""
+    def shown(value) -> str:
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        return "-" if value is None else text
+    lines = [[name, *map(shown, cells)] for name, cells in [(title, head), *rows]]
+    widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
+    print()
+    for name, *cells in lines:
+        cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])]
+        print("  ".join([name.ljust(widths[0]), *cells]))
+
+
+def print_metrics(metrics: dict, name: str) -> None:
+    """The tables: model, best constant report and paper side by side, by both protocols (A16)."""
+    n, distinct, words = metrics["n"], metrics["distinct"], metrics["mean_words"]
+    print(f"\n{name}: {n} studies, {distinct} different reports ({distinct / n:.0%}), "
+          f"{words['predictions']:.1f} words a report (references {words['references']:.1f})")
+    scored = [("model", metrics), ("best constant report", metrics["constant"])]
+    scored = [(title, row) for title, row in scored if row]
+    paper = metrics["paper"] or {}
+    rows = [*scored, ("paper, VDGen", paper)]
+    rows += [(f"{title}, cut references", row["cut_references"])
+             for title, row in scored if "cut_references" in row]
+    lines = [(title, [row.get(key) for key in METRICS]) for title, row in rows]
+    ends = zip(*(metrics["intervals"].get(key, (None, None)) for key in METRICS))
+    lines[1:1] = zip(("  95 % interval from", "  to"), ends)
+    print_table("", METRICS, lines)
+    if "findings" in metrics:
+        lines = [(key, [None, None, metrics["findings"][key]])
+                 for key in ("macro_f1_frequent", "macro_f1_rare", "side", "extent")]
+        print_table("findings", HEAD, label_lines(scored, "findings", each=True) + lines)
+    if "clinical" in metrics:
+        reading, size, mean = HEADLINE
+        lines = label_lines(scored, "clinical", reading, size, each=True)
+        if "clinical" in paper:
+            lines.insert(0, ("paper, VDGen (average not stated)", paper["clinical"].values()))
+        print_table(f"CheXbert, {size} labels, {reading}; headline: {mean}", HEAD, lines)
+        lines = [label_lines([(" ".join(path), metrics)], "clinical", *path)
+                 for path in product(READINGS, LABELS)]
+        print_table("CheXbert, every average", HEAD[:4], sum(lines, []))
+    for note in metrics["notes"]:
+        print("note:", note)
+
+
+def label_lines(rows: list[tuple[str, dict]], *path: str, each: bool = False) -> list:
+    """Rows of a table, of the part at that path of the metrics: its means; the first's labels."""
+    lines, whole = [], reduce(getitem, path, rows[0][1])
+    for title, row in rows:
+        part, ends = (reduce(getitem, path, tree) for tree in (row, row["intervals"]))
+        for mean in MEANS:
+            within = "{:.3f} to {:.3f}".format(*ends[f"{mean}_f1"])
+            lines.append((f"{mean}, {title}", [*(part[f"{mean}_{key}"] for key in PRF), within]))
+    return lines + [(label, [*(row[key] for key in PRF), None, row["studies"]])
+                    for label, row in (whole["each"].items() if each else ())]
 
 
 def print_comparison(found: dict[str, dict]) -> None:
     """A row a score: both sides, their difference, its interval, and whether 0 lies outside."""
-    width = max(map(len, found)) + 2
-    print(f"{'':<{width}}{'A':>9}{'B':>9}{'A - B':>10}    95 % interval       excludes 0")
+    rows = []
     for name, row in found.items():
         low, high = row["interval"]
-        print(f"{name:<{width}}{row['a']:>9.4f}{row['b']:>9.4f}{row['difference']:>+10.4f}"
-              f"    [{low:+.4f}, {high:+.4f}]  {'yes' if row['excludes_0'] else 'no':>8}")
+        rows.append((name, [f"{row['a']:.4f}", f"{row['b']:.4f}", f"{row['difference']:+.4f}",
+                            f"[{low:+.4f}, {high:+.4f}]", "yes" if row["excludes_0"] else "no"]))
+    print_table("", ("A", "B", "A - B", "95 % interval", "excludes 0"), rows)
 
 
 # An evaluation ------------------------------------------------------------------------------------
@@ -499,8 +523,7 @@ def write_reports(model: VDGen,
     model.eval()
     for batch in tqdm(loader(dataset, share, data.num_workers, model.device), desc="generate",
                       unit="batch", leave=False):
-        images = batch["images"].to(model.device, non_blocking=True)
-        texts, embeds = model.generate(images, batch["view_counts"])
+        texts, embeds = model.generate(batch["images"], batch["view_counts"])
         reports |= zip(batch["ids"], texts)
         visual_embeds |= zip(batch["ids"], embeds.tolist())
     model.train(was_training)
@@ -513,469 +536,220 @@ def write_reports(model: VDGen,
     return reports, visual_embeds
 
 
-def principal_plane(embeds: np.ndarray) -> np.ndarray:
-    """PCA of visual embeddings scaled to unit length (Eq. 4), as in Fig. 1(c).
-
-    Args: embeds (n, D). Returns: (n, 3): two coordinates, the squared distance from their plane.
-    The mean of all three squared lengths is the variance: 1 minus the mean cosine of two studies.
-    """
-    rows = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
-    rows = rows - rows.mean(axis=0)
-    _, _, axes = np.linalg.svd(rows, full_matrices=False)
-    # The sign of an axis is free: the same in every run.
-    axes = np.array([axis * np.sign(axis[np.abs(axis).argmax()]) for axis in axes[:2]])
-    plane = rows @ axes.T
-    plane = np.pad(plane, [(0, 0), (0, 2 - plane.shape[1])])  # a split of one study has one axis
-    return np.column_stack([plane, np.maximum((rows**2).sum(axis=1) - (plane**2).sum(axis=1), 0)])
-
-
-def measure(rows: list[dict], config: Config, split: str, train_reports: list[str],
-            label: Callable[[list[str]], list[list[int]]] | None = None) -> dict:
-    """All scores of an evaluation, in the layout of `<split>_metrics.json`.
-
-    Args:
-        rows: one dict a study with id, prediction, reference and, if known, reference_cut (see
-            `evaluate`).
-        train_reports: cleaned; empty if the data is not at hand: there is no constant report then.
-        label: from reports to the classes of CheXbert (`chexbert_labeller`); without it there is no
-            `clinical`.
-    """
-    predictions = {row["id"]: row["prediction"] for row in rows}
-    references = {row["id"]: row["reference"] for row in rows}
-    constant = dict.fromkeys(predictions, best_constant(train_reports)) if train_reports else None
-    cut = {row["id"]: row["reference_cut"] for row in rows if row.get("reference_cut") is not None}
-    spec = read_findings(config, predictions)
-
-    scored = []  # every table of scores, and its pairs: METEOR is added at the end, by one Java
-
-    def table(texts: dict[str, str], against: dict[str, str], text: dict[str, float]) -> dict:
-        scores = {"n": len(texts), "distinct": len(set(texts.values())), **text}
-        scored.append((scores, [(texts[name], against[name]) for name in against]))
-        return scores
-
-    def tables(texts: dict[str, str]) -> dict:
-        statistics = study_statistics(texts, references, spec, label)
-        scores = table(texts, references, text_totals(statistics["text"]))
-        scores["intervals"] = intervals(statistics)
-        if cut:
-            scores["cut_references"] = table(texts, cut, score(texts, cut, meteor=False))
-        if spec:
-            scores["findings"] = score_findings(texts, spec)
-        if label:
-            classes = [label(list(part.values())) for part in (texts, references)]
-            scores["clinical"] = {"headline": HEADLINE} | score_clinical(*classes)
-        return scores
-    metrics = tables(predictions)
-    texts = {"predictions": predictions, "references": references}
-    texts |= {"cut_references": cut} if cut else {}
-    metrics["mean_words"] = {name: float(np.mean([len(text.split()) for text in part.values()]))
-                             for name, part in texts.items()}
-    metrics["constant"] = tables(constant) if constant else None
-    if constant:
-        metrics["constant"]["text"] = next(iter(constant.values()))
-    metrics["paper"] = PAPER.get(config.data.dataset)
-    metrics["notes"] = []
-    try:
-        for (scores, _), value in zip(scored, meteor_1_5([pairs for _, pairs in scored])):
-            scores["METEOR"] = value
-    except RuntimeError as reason:
-        metrics["notes"].append(f"METEOR: {reason}")
-    metrics["notes"] += _missing(metrics, config, split)
-    return metrics
-
-
-def _missing(metrics: dict, config: Config, split: str) -> list[str]:
-    """Why a row is not there, or does not compare."""
-    notes = []
-    if metrics["paper"] and split != "test":
-        notes.append(f"paper: its row is of the test split, these scores are of {split}")
-    if metrics["constant"] is None:
-        notes.append(f"constant: needs the training reports; there is no annotation in "
-                     f"{config.data.root}")
-    if "cut_references" not in metrics:
-        notes.append("cut_references: need the tokenizer of the LLM; the predictions hold none")
-    return notes
-
-
-def print_metrics(metrics: dict, name: str) -> None:
-    """The tables: model, best constant report and paper side by side, by both protocols (A16)."""
-    n, distinct, words = metrics["n"], metrics["distinct"], metrics["mean_words"]
-    print(f"\n{name}: {n} studies, {distinct} different reports ({distinct / n:.0%}), "
-          f"{words['predictions']:.1f} words a report (references {words['references']:.1f})")
-    rows = [("model", metrics), ("best constant report", metrics["constant"] or {}),
-            ("paper, VDGen", metrics["paper"] or {})]
-    cut = [(f"{title}, cut references", row["cut_references"])
-           for title, row in rows if "cut_references" in row]
-    _print_line("", METRICS)
-    for title, row in rows + cut:
-        _print_line(title, [row.get(key) for key in METRICS])
-        for i, end in enumerate(("95 % interval from", "to")) if row is metrics else ():
-            ends = [row["intervals"].get(key, (None, None))[i] for key in METRICS]
-            _print_line(f"{end:>20}", ends)
-    scored = [(title, row) for title, row in rows[:2] if row]
-    if "findings" in metrics:
-        _print_findings(scored)
-    if "clinical" in metrics:
-        _print_clinical(scored, metrics["paper"] or {})
-    for note in metrics["notes"]:
-        print("note:", note)
-
-
-def _print_line(title: str, values) -> None:
-    cells = ["-" if v is None else format(v, ".3f") if isinstance(v, float) else v for v in values]
-    print(f"{title:<38}" + "".join(f"{cell:>10}" for cell in cells))
-
-
-def _means(part: dict, mean: str) -> list[float]:
-    return [part[f"{mean}_{key}"] for key in ("precision", "recall", "f1")]
-
-
-def _within(part: dict, mean: str) -> list[str]:
-    return ["   95 %: {:.3f} to {:.3f}".format(*part[f"{mean}_f1"])]
-
-
-def _print_findings(rows: list[tuple[str, dict]]) -> None:
-    """Each finding of the model; then the means of it and of the best constant report."""
-    found = rows[0][1]["findings"]
-    print()
-    _print_line("findings", ("precision", "recall", "F1", "studies"))
-    for title, row in found["each"].items():
-        _print_line(title, row.values())
-    for title, row in rows:
-        suffix = "" if title == "model" else f", {title}"
-        for mean in MEANS[:2]:
-            spread = _within(row["intervals"]["findings"], mean)
-            _print_line(mean + suffix, _means(row["findings"], mean) + spread)
-    print(f"macro-F1 of the commoner half of the findings {found['macro_f1_frequent']:.3f}, of the "
-          f"rarer {found['macro_f1_rare']:.3f}")
-    shares = {key: "-" if found[key] is None else format(found[key], ".3f")
-              for key in ("side", "extent")}
-    print("of the findings named rightly: "
-          + ", ".join(f"{key} right {share}" for key, share in shares.items()))
-
-
-def _print_clinical(rows: list[tuple[str, dict]], paper: dict) -> None:
-    """Table 3: the headline beside the paper's row, each label, then every other average (A17)."""
-    reading, size, mean = HEADLINE
-    clinical = rows[0][1]["clinical"]
-    print()
-    _print_line(f"CheXbert, {size} labels, {mean} (headline)",
-                ("precision", "recall", "F1", "studies"))
-    for title, row in rows:
-        spread = _within(row["intervals"]["clinical"][reading][size], mean)
-        _print_line(title, _means(row["clinical"][reading][size], mean) + spread)
-    if "clinical" in paper:
-        _print_line("paper, VDGen (average not stated)", paper["clinical"].values())
-    for title, row in clinical[reading][size]["each"].items():
-        _print_line(title, row.values())
-    _print_line("uncertain as", ("negative:", "", "", "positive:"))
-    for size in clinical[reading]:
-        for mean in MEANS:
-            negative, positive = (clinical[part][size]
-                                  for part in ("uncertain_negative", "uncertain_positive"))
-            _print_line(f"{size} labels, {mean}", _means(negative, mean) + _means(positive, mean))
-
-
 def results_name(checkpoint: Path, split: str) -> str:
     """What an evaluation's files begin with: the split for best.pt, `last_<split>` for last.pt."""
     return split if checkpoint.stem == "best" else f"{checkpoint.stem}_{split}"
 
 
-def origin(config: Config, step: int | None, studies: Sequence[Study]) -> dict:
-    """Weights, decoding, precision and studies of an evaluation: kept in its metrics."""
-    return {"step": step, "generate": asdict(config.generate), "precision": config.train.precision,
-            "studies": digest(studies)}
+def made_of(model: VDGen, split: str, studies: Sequence[Study]) -> dict:
+    """Weights, decoding and data of an evaluation, as its metrics keep them."""
+    return {"split": split, "step": model.step, "generate": asdict(model.config.generate),
+            "precision": model.config.train.precision, "studies": digest(studies), "clean": False}
 
 
-def require_nothing_lost(path: Path, config: Config, chexbert: Path | None,
-                         of: dict | None = None) -> dict:
-    """What a `<name>_metrics.json` holds, {} if it is not there.
+def made_before(path: Path) -> dict:
+    """`made_of` of the `<name>_metrics.json` at that path; {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8"))["made_of"] if path.is_file() else {}
 
-    Raises ValueError, before any work, where new scores (`of`: their `origin`) would replace those
-    of another origin, or lack clinical scores or findings. Metrics of older versions have no
-    origin: these are replaced.
-    """
-    old, reason = {}, None
-    with suppress(OSError, ValueError, TypeError):
-        old = dict(json.loads(path.read_text(encoding="utf-8")))
-    if of and old.get("origin", of) != of:
-        reason = (f"is of other weights, settings or studies ({old['origin']}): move it away with "
-                  f"its predictions, or work in another folder")
-    elif "clinical" in old and not chexbert:
-        reason = "has clinical scores, which would be lost: add --chexbert, or move it away"
-    elif "findings" in old and not (Path(config.data.root) / "findings.json").is_file():
-        reason = (f"has scores of findings, which would be lost: there is no findings.json in "
-                  f"{config.data.root}; --set data.root names the data, or move it away")
-    if reason:
-        raise ValueError(f"{path} {reason}")
-    return old
+
+def require_place(path: Path, made: dict) -> None:
+    """Before anything is generated: `<name>_metrics.json` can be written, and replaces no other."""
+    trial = path.with_suffix(".trial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink(missing_ok=True)  # another rank may have been faster
+    except OSError as error:
+        raise OSError(f"cannot write into {path.parent} ({error.strerror}); --out FOLDER names "
+                      "another") from None
+    old = made_before(path)
+    for key in {**old, **made} if old else ():
+        if old.get(key) != made.get(key):
+            raise ValueError(f"{path} is another result: its {key} is {old.get(key)}, not "
+                             f"{made.get(key)}; --name NAME keeps both")
 
 
 def evaluate(model: VDGen, split: str, splits: dict[str, Sequence[Study]], folder: Path,
-             step: int | None = None, written: tuple[dict, dict] | None = None,
-             chexbert: Path | None = None, name: str | None = None) -> dict:
+             name: str | None = None, written: tuple[dict, dict] | None = None,
+             chexbert: Path | None = None) -> dict:
     """Generate (unless `written` holds what `write_reports` returned) and score one split.
 
-    `step`: that of the weights; `name`: see `results_name`; the default is the split.
+    `name`: what the files begin with; default: the split. Returns the metrics; {} on ranks after
+    the first.
     """
-    name = name or split
-    if not splits[split]:
-        raise ValueError(f"--split {split}: the annotation has no such studies; there are "
-                         f"{', '.join(name for name, studies in splits.items() if studies)}")
-    reports, visual_embeds = written or write_reports(model, splits[split])
+    name, studies = name or split, splits[split]
+    reports, visual_embeds = written or write_reports(model, studies)
     if ranks()[0]:
-        return {}  # the first rank scores and writes
+        return {}
     limit, tokenizer = model.config.data.reference_cut_tokens, model.tokenizer
-    rows = _rows(splits[split], reports)
+    rows = rows_of(studies)
     points = principal_plane(np.array([visual_embeds[row["id"]] for row in rows]))
     for row, point in zip(rows, points):
+        row["prediction"] = reports[row["id"]]
         row["visual_pca"] = [round(float(value), 5) for value in point]
         ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
         row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
     lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
     write_whole(folder / f"{name}_predictions.jsonl", "".join(lines))
-    return write_results(folder, name, rows, model.config, split, splits["train"], chexbert,
-                         origin(model.config, step, splits[split]))
+    made = made_of(model, split, studies)
+    return write_results(folder, name, rows, model.config, splits, made, chexbert)
 
 
-def _rows(studies: Sequence[Study], reports: dict[str, str]) -> list[dict]:
-    return [{"id": study.id, "prediction": reports[study.id], "reference": study.report,
-             "image_path": list(study.image_paths)} for study in studies]
+def rows_of(studies: Sequence[Study]) -> list[dict]:
+    return [{"id": study.id, "reference": study.report, "image_path": list(study.image_paths)}
+            for study in studies]
 
 
-def tag(row: dict, spec: dict | None, label: Callable | None) -> dict[str, list] | None:
-    """What reference and prediction name: {side: [[finding, detail], ...]}; or None."""
-    if spec:
-        named = {"reference": {f["finding"]: (f["side"], f["extent"])
-                               for f in spec["studies"][row["id"]]},
-                 "prediction": named_findings(row["prediction"], spec)}
-        return {side: [[name, " ".join(filter(None, details))] for name, details in found.items()]
-                for side, found in named.items()}
-    if label is None:
-        return None
-    words = {1: "", 3: "uncertain"}
-    tags = {}
-    for side in ("reference", "prediction"):
-        classes = zip(CONDITIONS, label([row[side]])[0])
-        tags[side] = [[name, words[c]] for name, c in classes if c in words]
-    return tags
-
-
-def write_results(folder: Path, name: str, rows: list[dict], config: Config, split: str,
-                  train_studies: list[Study], chexbert: Path | None,
-                  of: dict | None = None) -> dict:
-    """Score, print, and write `<name>_metrics.json` and `<name>_report.html`; `of`: `origin`."""
-    label = chexbert_labeller(chexbert, folder / f"{name}_chexbert.json") if chexbert else None
-    metrics = measure(rows, config, split, [study.report for study in train_studies], label)
-    # A19: scores of different sections do not compare.
-    metrics["sections"] = train_studies[0].sections if train_studies else None
-    if metrics["sections"]:
+def write_results(folder: Path, name: str, rows: list[dict], config: Config,
+                  splits: dict[str, Sequence[Study]], made: dict, chexbert: Path | None) -> dict:
+    """Score, print, and write `<name>_metrics.json` and `<name>_report.html`."""
+    spec = read_findings(config.data, [row["id"] for row in rows])
+    label = chexbert_labeller(chexbert) if chexbert else None
+    train_reports = [study.report for study in splits["train"]]
+    metrics = measure(rows, config, made["split"], train_reports, spec, label)
+    studies = splits["train"] or splits[made["split"]]
+    metrics["sections"] = studies[0].sections if studies else None
+    if metrics["sections"]:  # A19: scores of different sections do not compare
         metrics["notes"].append(f"reports: the sections {metrics['sections']} (A19)")
-    if of:
-        metrics["origin"] = of
+    metrics["made_of"] = made
     text = json.dumps(metrics, indent=1, allow_nan=False)
     write_whole(folder / f"{name}_metrics.json", text + "\n")
-    draw_page(folder / f"{name}_report.html", rows, metrics, config, split, label)
+
+    pairs = [(row["prediction"], row["reference"]) for row in rows]
+    rouge, cider = text_statistics(pairs)[-2:].tolist()
+    scored = [row | {"rouge_l": r, "cider": c} for row, r, c in zip(rows, rouge, cider)]
+    classes = label and (lambda text: dict(zip(CONDITIONS, label([text])[0])))
+    shown = {"split": made["split"], "names": METRICS, "config": config.to_dict()}
+    draw_page(folder / f"{name}_report.html", scored, Path(config.data.root) / "images",
+              shown | {"metrics": metrics}, spec, classes)
     print_metrics(metrics, name)
     return metrics
 
 
-def draw_page(path: Path, rows: list[dict], metrics: dict, config: Config, split: str,
-              label: Callable | None = None) -> None:
-    """`<name>_report.html`, by configs/report.py: Tables 1 and 3, curves, cases as in Fig. 3."""
-    spec = read_findings(config, [row["id"] for row in rows])
-    cider = CiderD([row["reference"] for row in rows]).each([row["prediction"] for row in rows])
-    scored = [row | {"cider": value, "rouge_l": rouge_l(row["prediction"], row["reference"]),
-                     "tags": tag(row, spec, label)} for row, value in zip(rows, cider)]
-    tagger = "findings.json" if spec else "CheXbert" if label else None
-    write_page(path, scored, Path(config.data.root) / "images",
-               {"split": split, "names": METRICS, "config": config.to_dict(), "metrics": metrics,
-                "tagger": tagger})
+# Files of predictions -----------------------------------------------------------------------------
 
+def read_predictions(path: Path) -> list[dict]:
+    """The rows of a `<name>_predictions.jsonl`; or {"id", "prediction"} of a JSON {id: report}.
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a `<split>_predictions.jsonl`."""
-    rows = []
+    R2GenGPT and its heirs write {id: [report]}. Raises FileNotFoundError, or ValueError for
+    another file.
+    """
+    expected = "expected a JSON {id: report}, or one JSON object a line with id and prediction"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of predictions")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; expected a text in UTF-8") from None
-    for n, line in enumerate(text.split("\n"), 1):  # a text may hold Unicode's own line ends
-        if line.strip():
-            rows.append(_row(line))
-            if rows[-1] is None:
-                raise ValueError(f"{path}: line {n}: got {line!r:.100}, expected one JSON object a "
-                                 f"line, with id, prediction and reference; if it has them, "
-                                 f"reference_cut (a text) and image_path (a list)")
-    if not rows:
-        raise ValueError(f"{path}: it is empty; expected one JSON object a line")
-    if len({row.get("reference_cut") is None for row in rows}) > 1:
-        raise ValueError(f"{path}: some lines have reference_cut and some have none")
-    name, times = Counter(row["id"] for row in rows).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"{path}: the id {name!r} stands {times} times, expected once")
+        if path.suffix == ".json":
+            rows = [{"id": name, "prediction": its[0] if isinstance(its, list) and its else its}
+                    for name, its in json.loads(text).items()]
+        else:  # a text may hold Unicode's own line ends
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        for n, row in enumerate(rows, 1):
+            if not isinstance(row["id"], str) or not isinstance(row["prediction"], str):
+                raise ValueError(f"number {n} is {row!r:.100}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: {expected}; got {type(error).__name__}: {error}") from None
+    names = Counter(row["id"] for row in rows)
+    if not rows or len(names) < len(rows):
+        raise ValueError(f"{path}: {len(rows)} predictions of {len(names)} studies; {expected}, "
+                         "each id once")
     return rows
 
 
-def _row(line: str) -> dict | None:
-    """A row of predictions; None where the line is none."""
-    try:
-        row = json.loads(line)
-        texts = [row.get(key) for key in ("id", "prediction", "reference")]
-        cut = row.get("reference_cut")
-        texts += ["" if cut is None else cut, *row.get("image_path", [])]
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        return None
-    views = row.get("image_path", [])
-    return row if isinstance(views, list) and all(isinstance(t, str) for t in texts) else None
+def read_files(args: argparse.Namespace, config: Config | None,
+               splits: dict[str, Sequence[Study]]) -> dict[Path, list[dict]]:
+    """{path: rows} of all files, in one order, each row with its reference; cleaned by --clean.
 
-
-def _read_theirs(path: Path) -> dict[str, str]:
-    """{id: report} of a JSON {id: report} or {id: [report]}."""
-    with suppress(ValueError, AttributeError, RecursionError):
-        tree = json.loads(path.read_text(encoding="utf-8-sig"))
-        reports = {name: text[0] if isinstance(text, list) and len(text) == 1 else text
-                   for name, text in tree.items()}
-        if reports and all(isinstance(text, str) for text in reports.values()):
-            return reports
-    raise ValueError(f"{path}: expected one JSON object, {{id: report}} or {{id: [report]}}")
-
-
-def score_again(path: Path, config_path: Path | None, overrides: list[str] = (),
-                split: str | None = None, chexbert: Path | None = None) -> None:
-    """Score a file of predictions without a model.
-
-    `.jsonl`: ours, which holds the references. `.json`: {id: text} or {id: [text]}, as R2GenGPT and
-    its heirs write it; the references are those of a split of `--config`. The config of a file that
-    lies in a run is config.yaml beside it.
+    The references are those of the first file that holds them; of the data, if --split names one
+    or no file holds any. Raises ValueError where a file is of other studies or references.
     """
-    config_path = config_path or path.parent / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"--predictions {path}: no such file")
-    if not config_path.is_file():
-        raise FileNotFoundError(f"--predictions {path}: there is no {config_path}; name the config "
-                                f"of its data with --config")
-    config = load_config(config_path, overrides)
-    name, ours = path.stem.removesuffix("_predictions"), path.suffix != ".json"
-    theirs = None if ours else {"file": path.name}
-    old = require_nothing_lost(path.with_name(f"{name}_metrics.json"), config, chexbert, theirs)
-    annotation = (Path(config.data.root) / "annotation.json").is_file()
-    splits = {"train": []} if ours and not annotation else read_studies(config.data)
-    if ours:
-        split, rows = name.rpartition("_")[2], read_rows(path)
-    else:
-        split = split or ("test" if splits["test"] else "val")
-        reports = _read_theirs(path)
-        wrong = reports.keys() ^ {study.id for study in splits[split]}
+    files = {path: read_predictions(path) for path in (*args.predictions, *(args.against or ()))}
+    holders = [path for path, rows in files.items() if all("reference" in row for row in rows)]
+    source = holders[0] if holders and not args.split else choose_split(splits, args.split)
+    known = {row["id"]: row for row in files.get(source) or rows_of(splits[source])}
+    for path, rows in files.items():
+        wrong = known.keys() ^ {row["id"] for row in rows}
+        wrong = wrong or {row["id"] for row in rows
+                          if row.get("reference") not in (None, known[row["id"]]["reference"])}
         if wrong:
-            raise ValueError(f"{path}: {len(reports)} reports for the {len(splits[split])} studies "
-                             f"of {split} in {config.data.root}; {len(wrong)} ids are in one of "
-                             f"them only, such as {min(wrong)!r}; --split names another split")
-        rows = _rows(splits[split], reports)
-    write_results(path.parent, name, rows, config, split, splits["train"], chexbert,
-                  theirs or old.get("origin"))
+            raise ValueError(f"{path} and {source}: {len(wrong)} studies, such as {min(wrong)!r}, "
+                             "are in one only or have another reference")
+        for row in rows if args.clean else ():
+            row["prediction"] = CLEANING[config.data.dataset](row["prediction"])
+        own = {row["id"]: row for row in rows}
+        files[path] = [row | own[name] for name, row in known.items()]
+    return files
 
 
-def score_against(ours: list[Path], theirs: list[Path], config_path: Path | None = None,
-                  overrides: list[str] = (), split: str | None = None,
-                  chexbert: Path | None = None) -> None:
-    """`compare` two settings, print it, and write `<split>_against.json` beside the first file.
+def choose_split(splits: dict[str, Sequence[Study]], named: str | None) -> str:
+    """--split; else test if there is one, else val. ValueError where it has no studies."""
+    split = named or ("test" if splits["test"] else "val")
+    if not splits[split]:
+        held = ", ".join(name for name, studies in splits.items() if studies) or "none"
+        raise ValueError(f"--split {split}: the data (--config, data.root) has only {held}")
+    return split
 
-    Args:
-        ours, theirs: the files of a side, as in `score_again`; several are seeds of one setting.
-        config_path: of the data, for its findings.json, and its references if no file holds them;
-            the default is config.yaml beside the first file, if there is one.
+
+def data_of(args: argparse.Namespace) -> tuple[Config | None, dict[str, Sequence[Study]]]:
+    """The config of the data, --config or config.yaml beside the first file, and its studies.
+
+    Without an annotation there are no studies; --against can do without a config.
     """
-    folder, name = ours[0].parent, ours[0].stem.removesuffix("_predictions")
-    if config_path is None and (folder / "config.yaml").is_file():
-        config_path = folder / "config.yaml"
-    if overrides and not config_path:
-        raise ValueError(f"--set {overrides[0]}: there is no config to change; name one with "
-                         "--config")
-    config = load_config(config_path, overrides) if config_path else None
-    reports, references = _read_sides([*ours, *theirs], config, split)
-    spec = read_findings(config, references) if config else None
-    label = chexbert_labeller(chexbert, folder / f"{name}_chexbert.json") if chexbert else None
-    sides = ([study_statistics(reports[path], references, spec, label) for path in side]
-             for side in (ours, theirs))
-    found = compare(*sides)
-    written = {"a": list(map(str, ours)), "b": list(map(str, theirs)), "n": len(references),
-               "scores": nested(found)}
-    text = json.dumps(written, indent=1, allow_nan=False)
-    write_whole(folder / f"{name}_against.json", text + "\n")
-    print(f"{len(references)} studies; A: {', '.join(written['a'])}; B: {', '.join(written['b'])}")
+    path = args.config or args.predictions[0].with_name("config.yaml")
+    none = dict.fromkeys(SPLITS, ())
+    if not path.is_file():
+        if args.against and not (args.config or args.set or args.clean):
+            return None, none
+        raise FileNotFoundError(f"{path}: no such file; --config names the config of the data")
+    config = load_config(path, args.set)
+    at_hand = (Path(config.data.root) / "annotation.json").is_file()
+    return config, read_studies(config.data) if at_hand else none
+
+
+def score_predictions(args: argparse.Namespace) -> None:
+    """--predictions: score a file without a model."""
+    path, (config, splits) = args.predictions[0], data_of(args)
+    own = path.stem.removesuffix("_predictions")
+    name, folder, made = args.name or own, args.out or path.parent, {}
+    if path.name == f"{own}_predictions.jsonl":
+        made = made_before(path.with_name(f"{own}_metrics.json"))
+    split = args.split or made.get("split") or ("test" if splits["test"] else "val")
+    made = (made or {"file": path.name}) | {"split": split, "clean": args.clean}
+    require_place(folder / f"{name}_metrics.json", made)
+    rows = read_files(args, config, splits)[path]
+    write_results(folder, name, rows, config, splits, made, args.chexbert)
+
+
+def score_against(args: argparse.Namespace) -> None:
+    """--against: `compare` two settings, each of one file or of seeds; `<name>_against.json`."""
+    ours, theirs, (config, splits) = args.predictions, args.against, data_of(args)
+    files = read_files(args, config, splits)
+    references = {row["id"]: row["reference"] for row in files[ours[0]]}
+    spec = read_findings(config.data, references) if config else None
+    label = chexbert_labeller(args.chexbert) if args.chexbert else None
+
+    def statistics(path: Path) -> Statistics:
+        reports = {row["id"]: row["prediction"] for row in files[path]}
+        return study_statistics(reports, references, spec, label)
+    found = compare(list(map(statistics, ours)), list(map(statistics, theirs)))
+    about = {"a": list(map(str, ours)), "b": list(map(str, theirs)), "n": len(references)}
+    name = args.name or ours[0].stem.removesuffix("_predictions")
+    text = json.dumps(about | {"scores": nested(found)}, indent=1, allow_nan=False)
+    write_whole((args.out or ours[0].parent) / f"{name}_against.json", text + "\n")
+    print(f"{len(references)} studies; A: {', '.join(about['a'])}; B: {', '.join(about['b'])}")
     print_comparison(found)
     if 1 in (len(ours), len(theirs)):
         print("note: of a side of one file, what another seed would change is not in the intervals")
 
 
-def _read_sides(paths: list[Path], config: Config | None, split: str | None) -> tuple[dict, dict]:
-    """{path: {id: report}}, and the {id: reference} of all; ValueError if a file has others."""
-    reports, held = {}, {}  # what the files hold
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file of predictions")
-        if path.suffix == ".json":
-            reports[path] = _read_theirs(path)
-        else:
-            rows = read_rows(path)
-            reports[path] = {row["id"]: row["prediction"] for row in rows}
-            held[path] = {row["id"]: row["reference"] for row in rows}
-    if not held and config is None:
-        raise ValueError(f"{paths[0]}: no file holds references; name the data with --config")
-    if not held:
-        splits = read_studies(config.data)
-        studies = splits[split or ("test" if splits["test"] else "val")]
-        held[config.data.root] = {study.id: study.report for study in studies}
-    source, references = next(iter(held.items()))
-    for path in paths:
-        wrong = reports[path].keys() ^ references.keys()
-        if not wrong:
-            own = held.get(path, references)
-            wrong = {name for name, text in references.items() if own[name] != text}
-        if wrong:
-            raise ValueError(f"{path} and {source}: {len(wrong)} studies, such as {min(wrong)!r}, "
-                             "are in one only or have another reference; both sides need the same")
-    return reports, references
-
-
-# What each mode takes besides its files: flags, and sections or keys of --set.
-PLACE = ["data.root", "data.dataset", "data.limit"]
-TAKES = {
-    "--checkpoint": (["split", "chexbert"],
-                     ["model", "data", "generate", "train.eval_batch_size", "train.precision"]),
-    "--checkpoint and --images": (["images"], ["model", "data", "generate", "train.precision"]),
-    "--predictions with references": (["against", "config", "chexbert"], PLACE),
-    "--predictions without references": (["against", "config", "split", "chexbert"], PLACE),
+# What each mode uses: flags, and keys of --set.
+OF_MODEL = ("model.", "data.", "generate.", "train.eval_batch_size", "train.precision")
+USES = {
+    "against": ("predictions config split chexbert clean name out set", "data."),
+    "predictions": ("config split chexbert clean name out set", "data."),
+    "images": ("checkpoint set", OF_MODEL),
+    "checkpoint": ("split chexbert name out set", OF_MODEL),
 }
-
-
-def refuse_unused(args: argparse.Namespace) -> None:
-    """ValueError for a flag, or a key of --set, that has no meaning in this mode."""
-    files = [*(args.predictions or ()), *(args.against or ())]
-    bare = all(path.suffix == ".json" for path in files)
-    mode = f"--predictions {'without' if bare else 'with'} references"
-    if args.checkpoint:
-        mode = "--checkpoint and --images" if args.images else "--checkpoint"
-    flags, keys = TAKES[mode]
-    unused = [f"--{name}" for name, value in vars(args).items()
-              if value and name not in ("checkpoint", "predictions", "set", *flags)]
-    unused += [f"--set {given}" for given in args.set if not given.startswith(tuple(keys))]
-    if unused:
-        taken = [f"--{name}" for name in flags] + [f"--set {key}" for key in keys]
-        raise ValueError(f"{unused[0]}: of no use with {mode}; that takes {', '.join(taken)}")
-
-
-def require_views(paths: list[Path]) -> None:
-    """ValueError, before a model is read, for a view that is none, is blank, or is named twice."""
-    seen = {}
-    for path in paths:
-        problem = image_problem(path)
-        if problem:
-            raise ValueError(problem)
-        other = seen.setdefault(path.read_bytes(), path)
-        if other is not path:
-            raise ValueError(f"image {path}: the same picture as {other}; name each view once")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -985,50 +759,52 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--checkpoint", type=Path, help="best.pt or last.pt of a run")
     source.add_argument("--predictions", nargs="+", type=Path, metavar="FILE",
                         help="<split>_predictions.jsonl of a run, or a JSON {id: report}")
-    parser.add_argument("--against", nargs="+", type=Path, metavar="FILE",
-                        help="compare --predictions with these; several files a side are seeds")
-    parser.add_argument("--split", choices=("train", "val", "test"),
-                        help="default: test if there is one, else val")
-    parser.add_argument("--chexbert", type=Path, help="chexbert.pth: clinical efficacy (Table 3)")
-    parser.add_argument("--images", nargs="+", type=Path, help="the views of one study")
-    parser.add_argument("--config", type=Path,
-                        help="with --predictions: default is config.yaml beside the file")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="override the config")
+    add = parser.add_argument
+    add("--against", nargs="+", type=Path, metavar="FILE",
+        help="compare --predictions with these; several files a side are seeds")
+    add("--split", choices=SPLITS, help="default: test if there is one, else val")
+    add("--chexbert", type=Path, help="chexbert.pth: clinical efficacy (Table 3)")
+    add("--images", nargs="+", type=Path, help="the views of one study")
+    add("--config", type=Path, help="of the data; default: config.yaml beside --predictions")
+    add("--clean", action="store_true", help="clean predictions as the references are (A15)")
+    add("--name", help="what the files begin with; default: the split")
+    add("--out", type=Path, metavar="FOLDER", help="default: beside what is scored")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="override the config")
     args = parser.parse_args()
-    refuse_unused(args)
-    if args.predictions and len(args.predictions) > 1 and not args.against:
-        parser.error("--predictions takes several files only with --against")
+    mode = next(mode for mode in USES if getattr(args, mode))
+    flags, keys = USES[mode]
+    unused = [flag for flag, value in vars(args).items()
+              if value and flag not in (mode, *flags.split())]
+    unused += [f"set {key}" for key in args.set if not key.startswith(keys)]
+    if unused:
+        raise ValueError(f"--{unused[0]}: of no use with --{mode}")
+    if mode == "predictions" and len(args.predictions) > 1:
+        raise ValueError("--predictions: several files only with --against")
+    if args.chexbert and not args.chexbert.is_file():
+        raise FileNotFoundError(f"--chexbert {args.chexbert}: no such file")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.against:
-        return score_against(args.predictions, args.against, args.config, args.set, args.split,
-                             args.chexbert)
     if args.predictions:
-        return score_again(args.predictions[0], args.config, args.set, args.split, args.chexbert)
-    require_views(args.images or [])
-    if args.chexbert and not args.chexbert.is_file():
-        raise FileNotFoundError(f"--chexbert {args.chexbert}: no such file")
+        return score_against(args) if args.against else score_predictions(args)
+    for problem in filter(None, map(image_problem, args.images or [])):
+        raise ValueError(problem)
     join_ranks()
-    checkpoint = read_checkpoint(args.checkpoint)
-    config = parse_config(checkpoint["config"], args.set, str(args.checkpoint))
-    build_demo_if_missing(config.data)
-    if not args.images:
-        splits, step = read_studies(config.data), checkpoint.get("step")
-        split = args.split or ("test" if splits["test"] else "val")
-        name = results_name(args.checkpoint, split)
-        require_nothing_lost(args.checkpoint.with_name(f"{name}_metrics.json"), config,
-                             args.chexbert, origin(config, step, splits[split]))
-    model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    model.load_trained_state(checkpoint["model"])
+    model = load_checkpoint(args.checkpoint, args.set)
     if args.images:
         views = torch.stack([read_image(path, model.image_size) for path in args.images])
-        reports, _ = model.generate(views.to(model.device), [len(views)])
+        reports, _ = model.generate(views, [len(views)])
         return print(reports[0])
-    evaluate(model, split, splits, args.checkpoint.parent, step, chexbert=args.chexbert, name=name)
+    build_demo_if_missing(model.config.data)
+    splits = read_studies(model.config.data)
+    split = choose_split(splits, args.split)
+    folder = args.out or args.checkpoint.parent
+    name = args.name or results_name(args.checkpoint, split)
+    require_place(folder / f"{name}_metrics.json", made_of(model, split, splits[split]))
+    evaluate(model, split, splits, folder, name, chexbert=args.chexbert)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """VDGen (Sec. 3): a Swin encoder, the heads of VSE and DID, and a Llama decoder with LoRA.
 
-In the paper's order: the model, its decoding (Eq. 7), the teacher (Sec. 3.3), reading and writing
-weights, the labeller of Table 3; last, what several processes share. The loss functions are in
-losses.py; their sum (Eq. 8) is in the training loop. Left out on purpose: a [CLS] token (A6) and
-any projection on the image side of DID (Eq. 4).
+In the paper's order: the model, the teacher (Sec. 3.3), reading and writing weights, the labeller
+of Table 3; last, what several processes share. The loss functions are in losses.py; their sum
+(Eq. 8) is in the training loop. Left out on purpose: a [CLS] token (A6) and any projection on the
+image side of DID (Eq. 4).
 """
-import json
 import os
-import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -20,19 +19,15 @@ import torch.distributed
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
-from transformers import (AttentionInterface, AutoConfig, AutoImageProcessor, AutoModel,
-                          AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizer)
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM,
+                          AutoTokenizer, BertConfig, BertModel, BertTokenizer, GenerationConfig)
+from transformers.pytorch_utils import Conv1D
 
-from configs import PROMPT, Config, Generate
-from losses import did_loss, own_report_nearest, report_loss, vse_loss
+from configs import PROMPT, Config, parse_config
+from losses import IGNORED, did_loss, own_report_nearest, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# So many studies, of like length, pass the LLM together on a CPU: 14 % fewer tokens than all 16. A
-# GPU waits for launches: an H100 takes 0.40 s a step for the batch at once, 0.52 s for two groups.
-LIKE_LENGTH = 8
 # PyTorch's default: generation normalises by the last ten batches or so of training. A folder's own
 # may hold on to its pretraining's statistics for a whole run, or know the last batch alone (A11).
 BATCH_NORM_MOMENTUM = 0.1
@@ -47,8 +42,8 @@ class VDGen(nn.Module):
         config: see configs/__init__.py.
         vision: a Hugging Face encoder whose output has `last_hidden_state` (N, S, D), or a map
             (N, D, h, w) (Sec. 3.1).
-        llm: a Hugging Face causal LM of the Llama architecture (`.model` and an output embedding).
-        tokenizer: of that LLM, with a begin and an end token.
+        llm: a Hugging Face causal LM that reads `inputs_embeds`.
+        tokenizer: of that LLM, with an end token; a begin token is used if there is one (A9).
         teacher_width: D_t when `model.teacher` names another encoder; default: the LLM's width
             (A5).
         image_mean, image_std: what the encoder was pretrained with, three numbers each.
@@ -59,47 +54,46 @@ class VDGen(nn.Module):
                  image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        self.step: int | None = None  # completed steps of the checkpoint that was loaded
 
         # Sec. 3.2: the encoder, all of it trained (A11), and the LayerNorm on X^e (A26)
-        pooler = getattr(vision, "pooler", None)
-        if pooler is not None and any(True for _ in pooler.parameters()):
-            vision.pooler = None  # h is a mean over S: a pooler's weights would never be trained
-        self.vision = vision.requires_grad_()
+        self.vision = vision
         size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2 where any will do
         self.image_size = size if isinstance(size, int) else size[0]
-        shape = self.measure_encoder()
+        self.visual_token_count, D = self.measure_encoder()
         for layer in vision.modules():  # A11: an encoder of Sec. 3.1 may have some; Swin has none
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = BATCH_NORM_MOMENTUM
-        D = shape[1 if len(shape) == 4 else 2]  # of a map, or of tokens
-        D_h = llm.config.hidden_size
         self.norm = nn.LayerNorm(D)
 
         # The heads: W1 of Sec. 3.2 (A4), W2 of Eq. 5; and X^e to the LLM's width (A7)
-        D_z, D_t = config.model.vse_expansion * D, teacher_width or D_h
+        embed = llm.get_input_embeddings()
+        words = embed(torch.arange(embed.num_embeddings, device=embed.weight.device)).detach()
+        D_z, D_t = config.model.vse_expansion * D, teacher_width or words.shape[1]
         self.vse_head = nn.Linear(D, D_z) if config.loss.vse_weight else None
         self.did_head = nn.Linear(D_t, D) if config.loss.did_weight else None
-        self.visual_projection = visual_projection(D, llm.get_input_embeddings().weight)
+        self.visual_projection = visual_projection(D, words)
 
         # Sec. 3.4: the LLM, frozen, with LoRA (Sec. 4.1.2, A12; none: A18)
         llm.requires_grad_(False)
-        llm.set_attn_implementation("grouped")
         lora = config.model.lora
         self.llm = llm if lora is None else get_peft_model(llm, LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
             target_modules=list(lora.target_modules), task_type="CAUSAL_LM"))
         if config.train.recompute:
-            for part in (vision, llm):  # by its name in transformers 5.24, else by its older one
-                enable = getattr(part, "activation_checkpointing_enable", None)
-                (enable or part.gradient_checkpointing_enable)()
+            enable_recompute(vision)
+            enable_recompute(llm)
 
         # The prompt and the pixels' scale: constants, in no checkpoint
-        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.eos_id, bos_id = tokenizer.eos_token_id, tokenizer.bos_token_id
         before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in PROMPT)
-        self.register_buffer("before_ids", torch.tensor([self.bos_id] + before), persistent=False)
-        self.register_buffer("after_ids", torch.tensor(after), persistent=False)
-        self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
+        self.bos_ids = [] if bos_id is None else [bos_id]  # A9
+        constants = {"before_ids": torch.tensor(self.bos_ids + before),
+                     "after_ids": torch.tensor(after),
+                     "image_mean": torch.tensor(image_mean).view(3, 1, 1),
+                     "image_std": torch.tensor(image_std).view(3, 1, 1)}
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -115,67 +109,35 @@ class VDGen(nn.Module):
         enabled = self.config.train.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def measure_encoder(self) -> torch.Size:
-        """The shape of X^e, (1, S, D) or (1, D, h, w), from one pass on the meta device.
+    def measure_encoder(self) -> tuple[int, int]:
+        """S and D of X^e, from one pass of a blank image: families name them differently.
 
-        No two families of encoders name these sizes alike in their configs. What X^e does not
-        depend on, such as a token for masked patches, is frozen: DDP would wait for its gradient.
+        Parameters that X^e does not depend on, such as a pooler's or the token of masked patches,
+        are frozen: DDP would wait for their gradient.
         """
-        kind = type(self.vision).__name__
+        kind, parameters = type(self.vision).__name__, list(self.vision.parameters())
         if kind.startswith("ViTMAE") and self.vision.config.mask_ratio:
             raise ValueError(f"model.vision: {kind} leaves out patches at random (mask_ratio), in "
                              f"generation, too; convert it to a plain ViT, or name another encoder")
-        parameters = dict(self.vision.named_parameters())
-        on_meta = {name: p.detach().to("meta").requires_grad_() for name, p in parameters.items()}
-        buffers = {name: buffer.to("meta") for name, buffer in self.vision.named_buffers()}
-        image = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
-        was_training = self.vision.training
+        image = torch.zeros(1, 3, self.image_size, self.image_size, device=parameters[0].device)
+        self.vision.requires_grad_().eval()
         with torch.enable_grad():
             try:
-                output = functional_call(self.vision.eval(), on_meta | buffers, image)
-                hidden = output.last_hidden_state
+                hidden = self.vision(image).last_hidden_state
             except Exception as error:  # of whatever family it is
                 raise ValueError(f"model.vision: {kind} gives no last_hidden_state of an image "
-                                 f"({_first_line(error)}); of a model of images and texts name the "
-                                 f"image part") from None
-            reached = torch.autograd.grad(hidden.sum(), list(on_meta.values()), allow_unused=True)
-        self.vision.train(was_training)
-        for parameter, gradient in zip(parameters.values(), reached):
+                                 f"({_first_line(error)}); name an encoder of images") from None
+            reached = torch.autograd.grad(hidden.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, reached):
             parameter.requires_grad_(gradient is not None)
-        return hidden.shape
+        return _as_tokens(hidden).shape[1:]
 
     def forward(self, images: Tensor, view_counts: list[int], report_ids: Tensor,
                 report_lengths: list[int], teacher_embed: Tensor | None
-                ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        """The unweighted terms of Eq. 8 for one batch of B studies.
-
-        Args:
-            images, view_counts: see `encode`.
-            report_ids: (B, L) token ids, end token included (A20), padded on the right with any id.
-            report_lengths: B numbers >= 1, how many of them count; sorted, least is padding.
-            teacher_embed: (B, D_t) y of the reports (see `Teacher`); None if `did_weight` is 0.
-        Returns:
-            terms: {"vse": ..., "did": ..., "report": ...}, scalars in nats; one of weight 0 is left
-                out. With several ranks the mean of each over the ranks is the term of the whole
-                batch, and the mean of its gradients the gradient.
-            visual_tokens: X^e (B, S, D), at which the gradients of the terms meet.
-            did_top1: share of the images whose own report is the nearest of the batch (chance 1/B);
-                None without DID.
-        """
-        terms, did_top1, loss = {}, None, self.config.loss
-        visual_tokens = self.encode(images, view_counts)  # X^e
-        visual_embed = visual_tokens.mean(dim=1)          # h
-        with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
-            if self.vse_head is not None:  # Sec. 3.2
-                z = gathered(self.vse_head(visual_embed))
-                terms["vse"] = vse_loss(z, loss.vse_temperature, loss.vse_self_in_denominator)
-            if self.did_head is not None:  # Sec. 3.3
-                image_embed = gathered(visual_embed)
-                text_embed = gathered(self.did_head(teacher_embed))
-                terms["did"] = did_loss(image_embed, text_embed, loss.did_temperature)
-                did_top1 = own_report_nearest(image_embed, text_embed).float().mean()
-        terms["report"] = self.report_term(visual_tokens, report_ids, report_lengths)  # Sec. 3.4
-        return terms, visual_tokens, did_top1
+                ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The unweighted terms of Eq. 8 for one batch of B studies: see `encode` and `losses`."""
+        visual_tokens = self.encode(images, view_counts)
+        return self.losses(visual_tokens, report_ids, report_lengths, teacher_embed)
 
     def encode(self, images: Tensor, view_counts: list[int]) -> Tensor:
         """Sec. 3.2: X^e, visual tokens of each study: Swin, LayerNorm (A26), mean over views (A8).
@@ -186,12 +148,38 @@ class VDGen(nn.Module):
         Returns:
             (B, S, D) float32.
         """
-        pixels = (images.float() / 255 - self.image_mean) / self.image_std
-        hidden = self.vision(pixels).last_hidden_state
-        if hidden.dim() == 4:  # a map (N, D, h, w): its h w places are the tokens (Sec. 3.1)
-            hidden = hidden.flatten(2).mT
-        tokens = self.norm(hidden.float())
+        pixels = (images.to(self.device).float() / 255 - self.image_mean) / self.image_std
+        tokens = self.norm(_as_tokens(self.vision(pixels).last_hidden_state).float())
         return torch.stack([views.mean(dim=0) for views in tokens.split(view_counts)])
+
+    def losses(self, visual_tokens: Tensor, report_ids: Tensor, report_lengths: list[int],
+               teacher_embed: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """VSE, DID and the report loss, from X^e (B, S, D) on.
+
+        Args:
+            report_ids: (B, L) token ids, end token included (A20), padded on the right with any id.
+            report_lengths: B numbers >= 1, how many of them count.
+            teacher_embed: (B, D_t) y of the reports (see `Teacher`); None if `did_weight` is 0.
+        Returns:
+            terms: {"vse": ..., "did": ..., "report": ...}, scalars in nats; one of weight 0 is left
+                out. With several ranks the mean of each over the ranks is the term of the whole
+                batch, and the mean of its gradients the gradient.
+            did_top1: share of the images whose own report is the nearest of the batch (chance 1/B);
+                None without DID.
+        """
+        terms, did_top1, loss = {}, None, self.config.loss
+        visual_embed = visual_tokens.mean(dim=1)  # h
+        with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
+            if self.vse_head is not None:  # Sec. 3.2
+                z = gathered(self.vse_head(visual_embed))
+                terms["vse"] = vse_loss(z, loss.vse_temperature, loss.vse_self_in_denominator)
+            if self.did_head is not None:  # Sec. 3.3
+                image_embed = gathered(visual_embed)
+                text_embed = gathered(self.did_head(teacher_embed))
+                terms["did"] = did_loss(image_embed, text_embed, loss.did_temperature)
+                did_top1 = own_report_nearest(image_embed, text_embed).float().mean()
+        terms["report"] = self.report_term(visual_tokens, report_ids, report_lengths)  # Sec. 3.4
+        return terms, did_top1
 
     def embed_prompt(self, visual_tokens: Tensor) -> Tensor:
         """Sec. 3.4: BOS and the prompt, and in it the visual tokens, projected (A7).
@@ -206,24 +194,16 @@ class VDGen(nn.Module):
 
     def report_term(self, visual_tokens: Tensor, report_ids: Tensor,
                     report_lengths: list[int]) -> Tensor:
-        """Sec. 3.4, Eq. 2: the report loss after visual tokens (B, S, D). Arguments: `forward`."""
-        prompt, embed = self.embed_prompt(visual_tokens), self.causal_lm.get_input_embeddings()
-        P, hidden, targets = prompt.shape[1], [], []
-        together = LIKE_LENGTH if self.device.type == "cpu" else len(report_lengths)
-        for start in range(0, len(report_lengths), together):
-            group = slice(start, start + together)
-            lengths = report_lengths[group]
-            ids = report_ids[group, :max(lengths)]  # padded to the longest report of the group
-            # The last token predicts nothing. Padding on the right is never seen under a causal
-            # mask: no other is needed.
-            inputs = torch.cat([prompt[group], embed(ids[:, :-1])], dim=1)
-            states = self.causal_lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            # Place P - 1, the prompt's last, predicts the first token of the report.
-            hidden += [row[P - 1:P - 1 + n] for row, n in zip(states, lengths)]
-            targets += [row[:n] for row, n in zip(ids, lengths)]
-        lm_head = self.causal_lm.get_output_embeddings()
-        logits = lm_head(torch.cat(hidden))  # at report positions only
-        loss = report_loss(logits, torch.cat(targets))
+        """Sec. 3.4, Eq. 2: the report loss after visual tokens (B, S, D). Arguments: `losses`."""
+        B, L = report_ids.shape
+        embed = self.causal_lm.get_input_embeddings()
+        # The last token predicts nothing. Padding on the right is never seen under a causal mask.
+        inputs = torch.cat([self.embed_prompt(visual_tokens), embed(report_ids[:, :-1])], dim=1)
+        # The prompt's last place predicts the first token of the report: L places in all.
+        logits = self.causal_lm(inputs_embeds=inputs, use_cache=False, logits_to_keep=L).logits
+        lengths = torch.tensor(report_lengths).to(self.device, non_blocking=True)
+        is_padding = torch.arange(L, device=self.device) >= lengths[:, None]
+        loss = report_loss(logits, report_ids.masked_fill(is_padding, IGNORED))
         tokens, world = sum(report_lengths), ranks()[1]
         if world > 1:  # from the mean over this rank's tokens to its share of the mean over all
             total = torch.full((), tokens, device=self.device)
@@ -233,15 +213,24 @@ class VDGen(nn.Module):
 
     @torch.no_grad()
     def generate(self, images: Tensor, view_counts: list[int]) -> tuple[list[str], Tensor]:
-        """Eq. 7: write a report for each study as `generate` in the config says (A14).
+        """Eq. 7: write a report for each study by the library's beam search (A14).
 
         Arguments: `encode`. Returns: B reports, and h (B, D).
         """
-        # Else PEFT casts LoRA's inputs to float32, and autocast casts them back.
-        with self.autocast(), disable_input_dtype_casting(self.llm):
+        settings = self.config.generate
+        options = GenerationConfig(
+            do_sample=False, num_beams=settings.num_beams,
+            repetition_penalty=settings.repetition_penalty, length_penalty=settings.length_penalty,
+            min_new_tokens=settings.min_new_tokens, max_new_tokens=settings.max_new_tokens,
+            eos_token_id=self.eos_id, pad_token_id=self.eos_id)
+        with warnings.catch_warnings(), self.autocast(), disable_input_dtype_casting(self.llm):
+            # A14: the penalty is meant for the report alone, as this warning says that it works.
+            warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
             visual_tokens = self.encode(images, view_counts)
             prompt = self.embed_prompt(visual_tokens)
-            written = beam_search(self.causal_lm, prompt, self.config.generate, self.eos_id)
+            mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=self.device)
+            written = self.causal_lm.generate(inputs_embeds=prompt, attention_mask=mask,
+                                              generation_config=options)
         return [self.decode(ids) for ids in written.tolist()], visual_tokens.mean(dim=1)
 
     def decode(self, ids: list[int]) -> str:
@@ -252,7 +241,7 @@ class VDGen(nn.Module):
         return text.strip()
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: everything but the frozen LLM; buffers of the encoder, too."""
+        """What a checkpoint holds: all but frozen weights; buffers of the encoder, too."""
         named = self.named_parameters(remove_duplicate=False)
         frozen = {name for name, p in named if not p.requires_grad}
         return {name: value for name, value in self.state_dict().items() if name not in frozen}
@@ -262,18 +251,21 @@ class VDGen(nn.Module):
 
         Raises ValueError if a tensor is missing, unexpected, of another shape, or not finite.
         """
-        own = self.trained_state()
-        wrong = sorted(own.keys() ^ state.keys())
-        both = sorted(own.keys() & state.keys())
-        wrong += [name for name in both if own[name].shape != state[name].shape]
+        own = {name: value.shape for name, value in self.trained_state().items()}
+        theirs = {name: value.shape for name, value in state.items()}
+        wrong = sorted(name for name, _ in own.items() ^ theirs.items())
         if wrong:
-            raise ValueError(f"checkpoint: {len(wrong)} tensors are missing, unexpected or of "
-                             f"another shape, first {wrong[0]}; it was written by a model with "
-                             f"other sizes or another `model` section")
+            raise ValueError(f"checkpoint: the tensor {wrong[0]} is missing, unexpected or of "
+                             f"another shape; expected that of a model with these settings")
         damaged = [name for name, value in state.items() if not value.isfinite().all()]
         if damaged:
             raise ValueError(f"checkpoint: {damaged[0]} holds values that are not finite")
         self.load_state_dict(state, strict=False)
+
+
+def _as_tokens(hidden: Tensor) -> Tensor:
+    """(N, S, D); of a map (N, D, h, w) its h w places are the tokens (Sec. 3.1)."""
+    return hidden.flatten(2).mT if hidden.dim() == 4 else hidden
 
 
 def visual_projection(D: int, words: Tensor) -> nn.Linear:
@@ -282,7 +274,7 @@ def visual_projection(D: int, words: Tensor) -> nn.Linear:
     PyTorch's default, weights uniform within D**-0.5, would begin with a deviation of 3**-0.5, 4
     times that of the words of SmolLM2-135M: an LLM has never read tokens of that size.
 
-    Args: words: (vocabulary, D_h), the LLM's input embeddings.
+    Args: words: (vocabulary, D_h), as the LLM's embedding layer gives them.
     """
     projection = nn.Linear(D, words.shape[1])
     with torch.no_grad():
@@ -291,209 +283,12 @@ def visual_projection(D: int, words: Tensor) -> nn.Linear:
     return projection
 
 
-def load_model(config: Config) -> VDGen:
-    """Read the backbones that `config.model` names, on the CPU; the LLM in its precision (A13).
-
-    Raises FileNotFoundError for a model that is neither a folder nor on the hub, ValueError for one
-    that does not fit.
-    """
-    names, options = config.model, {}
-    if torch.cuda.is_available():
-        # cuDNN's attention plans for each new shape, and a beam search meets one in every step.
-        # Without it a mask takes the memory-efficient kernel, and no mask the flash one.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    else:  # the fused kernel takes 2 to 3 times as long for bfloat16 and its gradients on a CPU
-        options["attn_implementation"] = "eager"
-    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **options)
-    processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype)
-    tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
-    if not hasattr(getattr(llm, "model", None), "embed_tokens"):
-        raise ValueError(f"model.llm: {names.llm} is a {type(llm).__name__}; expected an LLM of "
-                         f"the Llama architecture")
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"model.llm: the tokenizer of {names.llm} has no begin or no end token; "
-                         f"both are needed (A9)")
-    width = None
-    if names.teacher is not None and config.loss.did_weight:
-        width = _pretrained(AutoConfig, names.teacher, "model.teacher").hidden_size
-    return VDGen(config, vision, llm, tokenizer, width, processor.image_mean, processor.image_std)
-
-
-# The LLM's attention ------------------------------------------------------------------------------
-
-def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-                      attention_mask: Tensor | None, scaling: float, dropout: float = 0.0,
-                      **_) -> tuple[Tensor, None]:
-    """The attention of the LLM: a key-value head that serves G query heads is not copied to each.
-
-    The library is told of no mask that goes with this attention, so that it neither makes one nor
-    waits for the device to learn whether one is needed. A mask of padding would be lost here: VDGen
-    pads on the right, which a causal LLM never sees.
-
-    Args:
-        query: (B, H, N, d), of the last N tokens.
-        key, value: (B, H / G, T, d).
-        attention_mask: (B or 1, 1, N, T), added to the scores; None: each token sees itself and
-            those before it.
-    Returns:
-        (B, N, H, d), and None in place of the weights.
-    """
-    B, H, N, d = query.shape
-    Hkv, T = key.shape[1:3]
-    fused = nn.functional.scaled_dot_product_attention
-    options = dict(dropout_p=dropout, scale=scaling)
-    if attention_mask is not None:  # the query heads of a key-value head are further rows of one
-        mask = attention_mask[:, :, None].expand(-1, -1, H // Hkv, -1, -1).flatten(2, 3)
-        heads = fused(query.reshape(B, Hkv, -1, d), key, value, mask, **options)
-        heads = heads.reshape(B, H, N, d)  # a GPU's kernel lays them out as (B, G N, Hkv, d)
-    elif query.device.type != "cpu" and N in (1, T):  # its causal mask begins at the first key
-        heads = fused(query, key, value, is_causal=N > 1, enable_gqa=H != Hkv, **options)
-    else:  # a CPU, too: there fused takes 2 to 3 times as long for bfloat16 and its gradients
-        scores = query.reshape(B, Hkv, -1, d) @ key.transpose(2, 3) * scaling
-        scores = scores.view(B, H, N, T)
-        scores = scores + scores.new_full((N, T), -torch.inf).triu(1 + T - N)
-        weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        weights = nn.functional.dropout(weights, dropout, module.training)
-        heads = (weights.view(B, Hkv, -1, T) @ value).view(B, H, N, d)
-    return heads.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("grouped", grouped_attention)
-
-
-# Decoding (Eq. 7) ---------------------------------------------------------------------------------
-
-class _CacheLayer(DynamicLayer):
-    """The keys and values of one layer of the LLM, with room for their final length.
-
-    They grow without a copy, and their memory is asked for once.
-    """
-
-    def __init__(self, length: int):
-        super().__init__()
-        self.length = length
-
-    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        """Append (B, H, N, d) keys and values; returns views of all so far, (B, H, T, d)."""
-        B, H, N, d = keys.shape
-        T = self.get_seq_length()
-        if not T:
-            self.lazy_initialization(keys, values)
-            self.room = keys.new_empty(2, B, H, self.length, d)
-        for room, new in zip(self.room, (keys, values)):
-            room[:, :, T:T + N] = new
-        self.keys, self.values = self.room[:, :, :, :T + N]
-        return self.keys, self.values
-
-    def batch_select_indices(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in rising order; they move up within the room."""
-        filled, B = self.room[:, :, :, :self.get_seq_length()], len(rows)
-        filled[:, :B] = filled[:, rows]
-        self.room = self.room[:, :B]
-        self.keys, self.values = filled[:, :B]
-
-
-@torch.no_grad()
-def beam_search(llm: nn.Module, prompt: Tensor, settings: Generate, eos_id: int) -> Tensor:
-    """Eq. 7: the beam search of transformers' `generate` (greedy with one beam), token for token.
-
-    Without its repeated work: the prompt passes the LLM once a study, not once a beam. The beams of
-    a study stand side by side in one row of the cache, as a tree: each step appends their N new
-    tokens, and a mask shows each beam its own ancestors, so that no key is ever copied from beam to
-    beam. A study whose result is settled leaves the batch.
-
-    Args:
-        prompt: (B, P, D_h), without padding.
-    Returns:
-        (B, max_new_tokens) ids, `eos_id` after the end.
-    """
-    (B, P, _), device = prompt.shape, prompt.device
-    N, length = settings.num_beams, settings.max_new_tokens
-    T_max = P + N * (length - 1)  # the last N tokens never enter the LLM
-    cache = Cache(layers=[_CacheLayer(T_max) for _ in range(llm.config.num_hidden_layers)])
-    # By place: this argument, `past_key_values` up to transformers 5.10, is `cache` in 5.24.
-    hidden = llm.model(None, None, None, cache, prompt).last_hidden_state[:, -1:]
-    written = torch.full((B, length), eos_id, device=device)
-    studies = torch.arange(B, device=device)  # whose rows stand in all that follow
-    tokens = torch.empty(B, N, 0, dtype=torch.long, device=device)  # of the running beams
-    running = torch.zeros(B, 1, device=device)  # their log-probabilities; at first of one beam
-    ended_scores = torch.full((B, N), -torch.inf, device=device)  # the best N that ended
-    ended_tokens = written[:, None].repeat(1, N, 1)  # of these, best first
-    mask = _prompt_mask(llm, B, N, P, T_max, device)  # what each running beam sees
-    for t in range(length):
-        logits = llm.get_output_embeddings()(hidden).float()
-        candidates, parents, new_ids = _candidates(logits, tokens, running, settings, eos_id)
-        grown = torch.cat([_of_beams(tokens, parents), new_ids[..., None]], dim=2)
-        ends = (new_ids == eos_id) | (t + 1 == length)
-        # Only the best N candidates may end. Their rank: log-probability over a power of length.
-        power = (t + 1) ** settings.length_penalty
-        scores = (candidates / power).masked_fill(~ends, -torch.inf)[:, :N]
-        padded = nn.functional.pad(grown[:, :N], (0, length - t - 1), value=eos_id)
-        ended_scores, order = torch.cat([ended_scores, scores], dim=1).topk(N)
-        ended_tokens = _of_beams(torch.cat([ended_tokens, padded], dim=1), order)
-        written[studies] = ended_tokens[:, 0]
-        if t + 1 == length:
-            break
-        running, order = candidates.masked_fill(ends, -torch.inf).topk(N)
-        tokens, mask = _of_beams(grown, order), _of_beams(mask, parents.gather(1, order))
-        # Settled: N have ended, and the best running beam would not join them if it ended now.
-        unsettled = running[:, 0] / power > ended_scores[:, -1]
-        if t >= settings.min_new_tokens and not unsettled.all():  # before, none ends: no waiting
-            left = unsettled.nonzero()[:, 0]
-            if not len(left):
-                break
-            studies, tokens, running, mask, ended_scores, ended_tokens = (
-                rows[left] for rows in (studies, tokens, running, mask, ended_scores, ended_tokens))
-            cache.batch_select_indices(left)
-        T = P + N * (t + 1)
-        mask[:, :, T - N:T].diagonal(dim1=1, dim2=2).zero_()  # each new token sees itself
-        positions = torch.full((1, N), P + t, device=device)
-        embed = llm.get_input_embeddings()(tokens[..., -1])
-        hidden = llm.model(None, mask[:, None, :, :T], positions, cache, embed).last_hidden_state
-    return written
-
-
-def _prompt_mask(llm: nn.Module, B: int, N: int, P: int, T_max: int,
-                 device: torch.device) -> Tensor:
-    """(B, N, T_max and more): 0 where a beam sees, on the prompt; -inf elsewhere.
-
-    The rows are padded to a multiple of 8: the GPU's kernel wants such a stride.
-    """
-    mask = torch.full((B, N, T_max + -T_max % 8), -torch.inf, dtype=llm.dtype, device=device)
-    mask[:, :, :P] = 0
-    return mask
-
-
-def _candidates(logits: Tensor, tokens: Tensor, running: Tensor, settings: Generate,
-                eos_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best 2 N continuations of each study's N beams: of these at most N end.
-
-    Args:
-        logits: (B, N, V) of the next token, changed in place; in the first step (B, 1, V).
-        tokens: (B, N, t) what the beams have written.
-        running: (B, N) their log-probabilities; in the first step (B, 1).
-    Returns:
-        log-probability, parent beam and new token of each, all (B, 2 N), best first.
-    """
-    N, t = tokens.shape[1:]
-    # The penalty works on logits when greedy, on log-probabilities with beams, as in the library.
-    norm = logits.logsumexp(dim=2, keepdim=True) if N > 1 else 0
-    if t and settings.repetition_penalty != 1:
-        seen = logits.gather(2, tokens) - norm
-        seen *= torch.where(seen < 0, settings.repetition_penalty, 1 / settings.repetition_penalty)
-        logits.scatter_(2, tokens, seen + norm)
-    if t < settings.min_new_tokens:
-        logits[..., eos_id] = -torch.inf
-    best, new_ids = logits.topk(2 * N)  # of each beam
-    best, order = (best - norm + running[..., None]).flatten(1).topk(2 * N)
-    return best, order // (2 * N), new_ids.flatten(1).gather(1, order)
-
-
-def _of_beams(rows: Tensor, beams: Tensor) -> Tensor:
-    """Of rows (B, N, T), one for each beam, those of the beams (B, M) that are named: (B, M, T)."""
-    return rows.gather(1, beams[..., None].expand(-1, -1, rows.shape[2]))
+def enable_recompute(part: nn.Module) -> None:
+    """`train.recompute`: activations are computed again in backward instead of kept."""
+    if not part.supports_gradient_checkpointing:
+        return print(f"note: train.recompute: {type(part).__name__} keeps its activations")
+    enable = getattr(part, "activation_checkpointing_enable", None)  # its name in transformers 5.24
+    (enable or part.gradient_checkpointing_enable)()
 
 
 # The teacher (Sec. 3.3, A5) -----------------------------------------------------------------------
@@ -510,16 +305,15 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
     Returns:
         {text: (D_t,) on the CPU, in the LLM's type}.
     """
-    name, dtype = model.config.model.teacher, model.causal_lm.dtype
-    is_llm, adapters = name is None, nullcontext()
-    if is_llm:
-        teacher, tokenizer = model.causal_lm.model, model.tokenizer
+    name, dtype, adapters = model.config.model.teacher, model.causal_lm.dtype, nullcontext()
+    if name is None:
+        teacher, tokenizer, bos_ids = model.causal_lm.base_model, model.tokenizer, model.bos_ids
         if model.config.model.lora:
             adapters = model.llm.disable_adapter()
     else:
         teacher = _pretrained(AutoModel, name, "model.teacher", dtype=torch.float32)
         teacher = teacher.to(model.device)
-        tokenizer = _pretrained(AutoTokenizer, name, "model.teacher")
+        tokenizer, bos_ids = _pretrained(AutoTokenizer, name, "model.teacher"), None
     texts = sorted(set(texts), key=lambda text: (len(text), text))
     was_training, embeddings = model.training, {}
     model.eval()
@@ -528,35 +322,41 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
         starts = range(0, len(texts), TEACHER_BATCH)
         for start in tqdm(starts, desc="teacher", unit="batch", leave=False):
             batch = texts[start:start + TEACHER_BATCH]
-            means = _mean_states(teacher, tokenizer, batch, is_llm)
+            rows = [_teacher_ids(tokenizer, text, bos_ids) for text in batch]
+            means = _mean_states(teacher, rows)
             embeddings.update(zip(batch, means.to(dtype).cpu()))
     model.train(was_training)
     return embeddings
 
 
-def _mean_states(teacher: nn.Module, tokenizer, texts: list[str], is_llm: bool) -> Tensor:
-    """(B, D_t) float32: the last hidden states of each text, mean over its own tokens."""
-    ids, kept = zip(*(_teacher_ids(tokenizer, text, is_llm) for text in texts))
-    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(teacher.device)
-    kept = nn.utils.rnn.pad_sequence(kept, batch_first=True).to(teacher.device)
-    lengths = torch.tensor([len(row) for row in ids], device=teacher.device)
-    mask = torch.arange(padded.shape[1], device=teacher.device) < lengths[:, None]
-    options = dict(use_cache=False) if is_llm else {}  # keys that nothing would read
-    states = teacher(input_ids=padded, attention_mask=mask.long(), **options).last_hidden_state
-    return (states.float() * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
+def _mean_states(teacher: nn.Module, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+    """(B, D_t) float32: the last hidden states of each text, mean over its own tokens.
+
+    Args: rows: of each text its token ids, and for each 1 where it does not count.
+    """
+    ids, left_out = ([torch.tensor(part, device=teacher.device) for part in parts]
+                     for parts in zip(*rows))
+    pad = nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(row) for row in ids], batch_first=True)
+    kept = pad([1 - row for row in left_out], batch_first=True)
+    options = {"use_cache": False} if hasattr(teacher.config, "use_cache") else {}
+    output = teacher(input_ids=pad(ids, batch_first=True), attention_mask=mask, **options)
+    states = output.last_hidden_state.float() * kept[..., None]
+    return states.sum(dim=1) / kept.sum(dim=1, keepdim=True)
 
 
-def _teacher_ids(tokenizer, text: str, is_llm: bool) -> tuple[Tensor, Tensor]:
-    """(L,) token ids of a report as its teacher reads it; (L,) bool, True = counts in the mean."""
-    if is_llm:
-        ids = tokenizer(text, add_special_tokens=False, truncation=True,
-                        max_length=TEACHER_MAX_TOKENS - 1).input_ids
-        kept = [False] + [True] * len(ids)
-        return torch.tensor([tokenizer.bos_token_id] + ids), torch.tensor(kept)
-    encoded = tokenizer(text, truncation=True, max_length=TEACHER_MAX_TOKENS,
-                        return_special_tokens_mask=True)
-    special = torch.tensor(encoded.special_tokens_mask, dtype=torch.bool)
-    return torch.tensor(encoded.input_ids), ~special
+def _teacher_ids(tokenizer, text: str, bos_ids: list[int] | None) -> tuple[list[int], list[int]]:
+    """Token ids of a report as its teacher reads it, and for each 1 where it does not count.
+
+    bos_ids: those of the LLM; None: another encoder's tokenizer puts in its own special tokens.
+    """
+    if bos_ids is None:
+        encoded = tokenizer(text, truncation=True, max_length=TEACHER_MAX_TOKENS,
+                            return_special_tokens_mask=True)
+        return encoded.input_ids, encoded.special_tokens_mask
+    ids = tokenizer(text, add_special_tokens=False, truncation=True,
+                    max_length=TEACHER_MAX_TOKENS - len(bos_ids)).input_ids
+    return bos_ids + ids, [1] * len(bos_ids) + [0] * len(ids)
 
 
 class Teacher:
@@ -574,16 +374,15 @@ class Teacher:
     def __init__(self, embeddings: Tensor, report_of_study: Tensor):
         self.embeddings, self.report_of_study = embeddings, report_of_study
         N, (U, D_t) = len(report_of_study), embeddings.shape
-        counts = report_of_study.bincount(minlength=U).double()
-        self.mean, self.deviation = torch.zeros(2, D_t, dtype=torch.float64)
+        shares = report_of_study.bincount(minlength=U).double() / N
+        self.mean, variance = torch.zeros(2, D_t, dtype=torch.float64)
         step = 4096  # reports at a time: those of MIMIC-CXR are gigabytes
-        for reports, times in zip(embeddings.split(step), counts.split(step)):
-            self.mean += times @ reports.double() / N
-        for reports, times in zip(embeddings.split(step), counts.split(step)):
-            self.deviation += times @ (reports.double() - self.mean) ** 2 / N
+        for reports, share in zip(embeddings.split(step), shares.split(step)):
+            self.mean += share @ reports.double()
+        for reports, share in zip(embeddings.split(step), shares.split(step)):
+            variance += share @ (reports.double() - self.mean) ** 2
         self.mean = self.mean.float()
-        self.deviation = self.deviation.sqrt().float()
-        self.deviation = self.deviation.clamp(min=1e-6)  # what does not vary stays finite
+        self.deviation = variance.sqrt().float().clamp(min=1e-6)  # what does not vary stays finite
 
     def __call__(self, studies: list[int]) -> Tensor:
         """(B, D_t) float32 of training studies, by their numbers."""
@@ -595,6 +394,90 @@ class Teacher:
 
 
 # Weights from disk --------------------------------------------------------------------------------
+
+def load_model(config: Config, teacher_width: int | None = None) -> VDGen:
+    """Read the backbones that `config.model` names, on the CPU; the LLM in its precision (A13).
+
+    `teacher_width`: D_t where it is known; default: that of `model.teacher`, or the LLM's.
+    Raises FileNotFoundError for a model that is neither a folder nor on the hub, ValueError for one
+    that does not fit.
+    """
+    names, is_bf16, options = config.model, config.train.precision == "bf16", {}
+    if torch.cuda.is_available():
+        # cuDNN's attention plans for each new shape, and a beam search meets one in every step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    elif is_bf16:  # on a CPU the fused kernel takes longer in bfloat16, and shorter in float32
+        options["attn_implementation"] = "eager"
+    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **options)
+    vision = getattr(vision, "vision_model", vision)  # of CLIP, SigLIP: the image part
+    processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype, **options)
+    llm.generation_config = GenerationConfig()  # its own file would fill what A14 leaves unset
+    tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
+    require_fit(llm, tokenizer, config)
+    if names.teacher and config.loss.did_weight and not teacher_width:
+        teacher = _pretrained(AutoConfig, names.teacher, "model.teacher")
+        teacher_width = getattr(teacher, "hidden_size", None)
+        if teacher.is_encoder_decoder or not teacher_width:
+            raise ValueError(f"model.teacher: {names.teacher} is a {teacher.model_type}; expected "
+                             f"an encoder of texts, such as a BERT, or a causal LM")
+    return VDGen(config, vision, llm, tokenizer, teacher_width,
+                 *pixel_statistics(processor, names.vision))
+
+
+def require_fit(llm: nn.Module, tokenizer, config: Config) -> None:
+    """ValueError for an LLM that cannot be used as it is, before anything is computed with it."""
+    name, lora = config.model.llm, config.model.lora
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.llm: the tokenizer of {name} has no end token")
+    if getattr(llm, "_hf_peft_config_loaded", False):
+        raise ValueError(f"model.llm: {name} is a LoRA adapter; merge it into its LLM first "
+                         f"(PEFT: merge_and_unload, then save_pretrained)")
+    linear = {path.rpartition(".")[2] for path, part in llm.named_modules()
+              if isinstance(part, (nn.Linear, Conv1D))}
+    unknown = [target for target in (lora.target_modules if lora else ())
+               if target.rpartition(".")[2] not in linear]
+    if unknown:
+        raise ValueError(f"model.lora.target_modules: {name} has no layer {unknown[0]}; its "
+                         f"linear layers are {', '.join(sorted(linear))}")
+    try:
+        blank = torch.zeros(1, 2, llm.get_input_embeddings().weight.shape[1], dtype=llm.dtype)
+        llm.generate(inputs_embeds=blank, max_new_tokens=1, do_sample=False)
+    except Exception as error:  # of whatever family it is
+        raise ValueError(f"model.llm: {name}, a {type(llm).__name__}, cannot read visual tokens "
+                         f"(inputs_embeds): {_first_line(error)}") from None
+
+
+def pixel_statistics(processor, name: str) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the pixels that an encoder expects: three numbers each."""
+    found = []
+    for key in ("mean", "std"):
+        value = getattr(processor, f"image_{key}", None)
+        value = getattr(processor, "data_config", {}).get(key) if value is None else value  # timm's
+        value = [value] if isinstance(value, (int, float)) else list(value or ())
+        if len(value) not in (1, 3):
+            raise ValueError(f"model.vision: the image processor of {name} tells no image_{key}; "
+                             f"write three numbers into its preprocessor_config.json")
+        found.append(value * 3 if len(value) == 1 else value)
+    return found[0], found[1]
+
+
+def load_checkpoint(path: str | Path, overrides: Iterable[str] = ()) -> VDGen:
+    """A trained model, ready to generate: on the GPU if there is one, in eval mode.
+
+    Args:
+        path: best.pt or last.pt of a run.
+        overrides: `section.key=value` each, as after `--set`.
+    """
+    checkpoint = read_checkpoint(path)
+    config, state = parse_config(checkpoint["config"], overrides, str(path)), checkpoint["model"]
+    width = state["did_head.weight"].shape[1] if "did_head.weight" in state else None
+    model = load_model(config, width)
+    model.load_trained_state(state)
+    model.step = checkpoint.get("step")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
 
 def _pretrained(kind, name: str, key: str, **options):
     """`kind.from_pretrained(name)`; FileNotFoundError that names the setting `key` if it fails."""
@@ -612,7 +495,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)  # some say nothing
 
 
-def read_checkpoint(path, owner: str = "VDGen", keys=("model", "config"),
+def read_checkpoint(path: str | Path, owner: str = "VDGen", keys=("model", "config"),
                     mmap: bool = False) -> dict:
     """A file of torch.save, tensors and plain values only: no code in it is run.
 
@@ -624,19 +507,16 @@ def read_checkpoint(path, owner: str = "VDGen", keys=("model", "config"),
     Raises:
         FileNotFoundError: no such file. ValueError: it is no such checkpoint.
     """
-    wrong = f"checkpoint {path}: not a checkpoint of {owner}"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        missing = [key for key in keys if key not in checkpoint]
     except FileNotFoundError:
         raise FileNotFoundError(f"checkpoint {path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{wrong}: it holds more than tensors and plain values; pickled code is "
-                         f"never run") from None
-    except Exception as error:  # a zip or runtime error, as the junk may be
-        raise ValueError(f"{wrong} ({_first_line(error)})") from None
-    if not isinstance(checkpoint, dict) or not set(keys) <= checkpoint.keys():
-        expected = " and ".join(f"`{key}`" for key in keys)
-        raise ValueError(f"{wrong}: it has no {expected}")
+    except Exception:  # whatever junk, or code, makes of it
+        missing = keys
+    if missing:
+        raise ValueError(f"checkpoint {path}: not a checkpoint of {owner}; expected a file of "
+                         f"torch.save with {', '.join(keys)}, of tensors and plain values only")
     return checkpoint
 
 
@@ -706,36 +586,24 @@ def load_chexbert(path: str | Path, config: BertConfig | None = None) -> CheXber
     return model.eval()
 
 
-def chexbert_labeller(checkpoint: Path, cache: Path) -> Callable[[list[str]], list[list[int]]]:
+def chexbert_labeller(checkpoint: Path) -> Callable[[list[str]], list[list[int]]]:
     """A function from reports to their 14 classes, as `CheXbert.label` gives them.
 
-    A text is labelled once: the file `cache` (JSON) keeps it for the next time. The weights are
-    read when a text is new, not before.
+    The weights are read at its first call, and a text is labelled once.
     """
     if not checkpoint.is_file():
         raise FileNotFoundError(f"--chexbert {checkpoint}: no such file")
-    version = f"{checkpoint.stat().st_size} bytes, {checkpoint.stat().st_mtime_ns} ns"
-    known = _stored_labels(cache, version)
+    known: dict[str, list[int]] = {}
+    model = None
 
     def label(texts: list[str]) -> list[list[int]]:
-        new = sorted({text for text in texts if text not in known})
-        if new:
+        nonlocal model
+        if model is None:
             model = load_chexbert(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-            known.update(zip(new, model.label(new)))
-            stored = {"checkpoint": version, "conditions": CONDITIONS, "labels": known}
-            cache.write_text(json.dumps(stored) + "\n")
+        new = sorted(set(texts) - known.keys())
+        known.update(zip(new, model.label(new)))
         return [known[text] for text in texts]
     return label
-
-
-def _stored_labels(cache: Path, version: str) -> dict[str, list[int]]:
-    """{text: its classes} that these weights gave earlier; {}: none yet, or the file is cut."""
-    try:
-        stored = json.loads(cache.read_text(encoding="utf-8"))
-        written_for = (stored["checkpoint"], stored["conditions"])
-        return stored["labels"] if written_for == (version, list(CONDITIONS)) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 # Several processes --------------------------------------------------------------------------------

@@ -7,12 +7,17 @@ the YAML file and `--set section.key=value`, in that order.
 import copy
 import difflib
 import math
+import os
+import sys
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import yaml
+
+if os.name == "nt":
+    sys.exit("error: VDGen needs Linux or macOS; on Windows run it in WSL")
 
 # Sec. 3.4: the visual tokens stand between the two halves; <img> and </img> are plain text (A9).
 PROMPT = ("Human: <img>",
@@ -54,7 +59,7 @@ class Lora:
 class Model:
     """Hub names or local folders of Hugging Face models."""
     vision: str                                  # any encoder that gives `last_hidden_state`
-    llm: str                                     # any causal LM of the Llama architecture
+    llm: str                                     # any causal LM that takes inputs_embeds
     teacher: str | None = None                   # null: the LLM itself (A5)
     lora: Lora | None = Lora()                   # null: "w/o LoRA" of Table 2 (A18)
     vse_expansion: int = at_least(1, default=2)  # D_z / D (A4)
@@ -74,7 +79,7 @@ class Loss:
 class Data:
     root: str                                            # holds annotation.json and images/
     # It says how reports are cleaned (A15), and with which row of the paper scores are compared.
-    dataset: str = one_of("iu_xray", "mimic_cxr", "demo", default="iu_xray")
+    dataset: str = one_of("iu_xray", "mimic_cxr", "demo", "own", default="iu_xray")
     limit: int | None = at_least(1, default=None)        # studies of each split; null: all
     max_report_tokens: int = at_least(1, default=100)    # A23, A20
     reference_cut_tokens: int = at_least(1, default=60)  # A16: where R2GenGPT cuts the references
@@ -84,6 +89,7 @@ class Data:
 @dataclass(frozen=True)
 class Train:
     output: str | None = None                                 # null: runs/<config name>
+    init_from: str | None = None           # best.pt or last.pt whose weights a new run starts from
     seed: int = allowed("at least 0 and below 2**63", lambda value: 0 <= value < 2**63, default=42)
     precision: str = one_of("bf16", "fp32", default="bf16")   # A13
     batch_size: int = at_least(1, default=16)
@@ -133,7 +139,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         known = sorted(str(p) for p in Path(__file__).parent.glob("*.yaml"))
         raise FileNotFoundError(f"config {path}: no such file; there are {', '.join(known)}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         config = parse_config(tree, overrides, str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
@@ -244,10 +250,6 @@ def _build(section, tree, prefix: str, source: str):
 
 def _unknown_key(section, key, prefix: str, source: str) -> ValueError:
     """The error for a key that the section does not have; it names the nearest of the schema."""
-    if f"{prefix}{key}" == "loss.temperature":
-        return ValueError(f"{source}: loss.temperature: written by an older version, whose "
-                          "settings did not train (A3); expected loss.vse_temperature and "
-                          "loss.did_temperature in its place")
     known = list(_all_keys(Config))
     near = [name for name in known if name.split(".")[-1] == key]
     near = near or difflib.get_close_matches(f"{prefix}{key}", known, 1, cutoff=0)

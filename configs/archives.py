@@ -3,16 +3,17 @@
 Shared by the makers of datasets, iu_xray.py and mimic_cxr.py beside this file, and by data.py.
 """
 import json
-import lzma
-import stat
+import signal
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from threading import Semaphore
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -22,10 +23,7 @@ SPLITS = ("train", "val", "test")
 SHORT_SIDE = 256         # A24
 LARGEST_TEXT = 1 << 20   # bytes
 LARGEST_IMAGE = 64 << 20  # bytes
-MOST_FILES = 500_000     # of an archive
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP")  # whatever a name says; EPS runs a program
-READ_AT_ONCE = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE,
-                tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
 def leaves(path: str) -> bool:
@@ -34,33 +32,33 @@ def leaves(path: str) -> bool:
     return parts.is_absolute() or ".." in parts.parts or "\\" in path or "\0" in path
 
 
-def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of the files of a .tgz or .zip that end in `suffix`.
+def require_none(problems: list[str], advice: str = "") -> None:
+    """Print the first 50 problems and raise ValueError with their number, if there are any."""
+    for problem in problems[:50]:
+        print(problem)
+    if problems:
+        shown = ", the first 50 of them above" if len(problems) > 50 else ""
+        raise ValueError(f"{len(problems)} problems{shown}{advice}")
 
-    Nothing is written, and no name of it used. Raises FileNotFoundError, or ValueError for a broken
-    archive and for one that no honest hand has made: with a link or a device, a path that leaves
-    it, a file of more than `largest` bytes, or more than MOST_FILES files.
+
+def process_pool() -> ProcessPoolExecutor:
+    """A process for each core. They ignore Ctrl-C: the main process ends them."""
+    return ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+
+
+def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files of a .tgz or .zip that end in `suffix`; nothing is written.
+
+    Raises FileNotFoundError, or ValueError for a broken archive and for a file of more than
+    `largest` bytes.
     """
-    members = _zip_members if zipfile.is_zipfile(path) else _tar_members
-    broken = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-              RuntimeError, IndexError, TypeError)
+    broken = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, RuntimeError)
     try:
-        for count, (name, size, is_folder, is_file, read) in enumerate(members(path)):
-            reason = None
-            if count >= MOST_FILES:
-                reason = "too many files"
-            elif leaves(name) or not name.isprintable():
-                reason = "its path leaves the archive"
-            elif not is_folder and not is_file:
-                reason = "neither a file nor a folder"
-            elif size > largest:
-                reason = f"{size} bytes, at most {largest} expected"
-            if reason:
-                raise ValueError(f"{path}: refused: {name[:100]!r}: {reason}")
-            if is_file and not is_folder and name.endswith(suffix):
-                content = read(largest + 1)  # its header may say less than there is
+        for name, file in _members(path):
+            if name.endswith(suffix):
+                content = file.read(largest + 1)  # its header may say less than there is
                 if len(content) > largest:
-                    raise ValueError(f"{path}: refused: {name[:100]!r}: more than {largest} bytes")
+                    raise ValueError(f"{path}: {name[:100]!r}: more than {largest} bytes")
                 yield name, content
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
@@ -68,75 +66,98 @@ def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, b
         raise ValueError(f"{path}: not a whole archive ({error}); fetch it again") from None
 
 
-# Name, bytes, folder?, file?, and a function that reads at most so many bytes of it.
-Member = tuple[str, int, bool, bool, Callable[[int], bytes]]
+def _members(path: Path) -> Iterator[tuple[str, BinaryIO]]:
+    """Name and content of each ordinary file of an archive."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                yield name, archive.open(name)
+    else:
+        with tarfile.open(path, "r|*") as archive:
+            for info in archive:
+                if info.isreg():
+                    yield info.name, archive.extractfile(info)
 
 
-def _zip_members(path: Path) -> Iterator[Member]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            is_file = kind in (0, stat.S_IFREG)
-
-            def read(most: int, info: zipfile.ZipInfo = info) -> bytes:
-                with archive.open(info) as file:
-                    return file.read(most)
-            yield info.filename, info.file_size, info.is_dir(), is_file, read
+# Of a PNG of 16 bits a channel, in colour or transparent, Pillow keeps the upper bytes. By type:
+# the raw mode that gives the lower ones (of grey and transparency: all four bytes, as R, G, B, A).
+LOWER_BYTES = {2: "RGB;16L", 4: "RGBA", 6: "RGBA;16L"}
 
 
-class _Header(tarfile.TarInfo):
-    """A member's header; one of long names or attributes is read into memory: it must be small."""
-
-    @classmethod
-    def frombuf(cls, *arguments) -> tarfile.TarInfo:
-        header = super().frombuf(*arguments)
-        if header.type in READ_AT_ONCE and header.size > LARGEST_TEXT:
-            raise tarfile.ReadError(f"a header of {header.size} bytes")
-        return header
-
-
-def _tar_members(path: Path) -> Iterator[Member]:
-    with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
-        for info in archive:
-            yield (info.name, info.size, info.isdir(), info.isreg(),
-                   lambda most: archive.extractfile(info).read(most))
+def _picture(content: bytes, raw_mode: str | None = None) -> Image.Image:
+    """The one picture of a file, turned as EXIF says."""
+    image = Image.open(BytesIO(content), formats=FORMATS)
+    pictures = getattr(image, "n_frames", 1)
+    if pictures > 1 and image.format != "MPO":  # that is a phone's JPEG with a depth map
+        raise ValueError(f"{pictures} pictures in one file, expected one")
+    if raw_mode:
+        image.tile = [(codec, box, offset, raw_mode) for codec, box, offset, _ in image.tile]
+    image.load()
+    with suppress(Exception):  # a broken block of EXIF turns nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
-def open_image(path: str | Path | BytesIO, name: str = "") -> Image.Image:
+def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum, turned as EXIF says.
 
-    Raises FileNotFoundError, or ValueError for a file that is no whole image, holds several, or
-    more than Pillow's limit of 179 million pixels. `name`: what an error calls it.
+    `content`: what stands in the file, if not to be read from there. Raises FileNotFoundError, or
+    ValueError for a file that is no whole image, holds several, or more than Pillow's limit of 179
+    million pixels.
     """
     broken = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            pictures = getattr(image, "n_frames", 1)
-            if pictures > 1 and image.format != "MPO":  # that is a phone's JPEG with a depth map
-                raise ValueError(f"{pictures} pictures in one file, expected one")
-            image.load()
-            with suppress(Exception):  # a broken block of EXIF turns nothing
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "P":
-                image = image.convert("RGBA")  # a palette may hold transparency
-            if image.mode[0] in "IF":  # 16 bit, or 32
-                values = np.asarray(image, dtype=np.float32).clip(min=0)
-                values = values * (255 / max(values.max(), 1))
-                image = Image.fromarray(values.round().astype(np.uint8))
-            return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+        if content is None:
+            with open(path, "rb") as file:
+                content = file.read()
+        image = _picture(content)
+        kind = content[25] if image.format == "PNG" and content[24] == 16 else None
+        if kind in LOWER_BYTES:
+            values = np.asarray(image)[..., :3].astype(np.uint16) * 256
+            lower = np.asarray(_picture(content, LOWER_BYTES[kind]))
+            return _scale(values + (lower[..., 1:2] if kind == 4 else lower[..., :3]))
+        if image.mode[0] in "IF":  # 16 bit, or 32
+            return _scale(np.asarray(image))
+        if image.mode == "P":
+            image = image.convert("RGBA")  # a palette may hold transparency
+        return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"image {name or path}: no such file") from None
+        raise FileNotFoundError(f"image {path}: no such file") from None
     except broken as error:
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
             reason = "no known format; export DICOM, HEIC and the like as PNG"
-        raise ValueError(f"image {name or path}: not a whole PNG or JPEG image "
-                         f"({reason})") from None
+        raise ValueError(f"image {path}: not a whole PNG or JPEG image ({reason})") from None
 
 
-def shrink_image(source: bytes | Path, name: str, target: Path) -> None:
-    """Write a view as 8-bit PNG whose short side has SHORT_SIDE pixels (a smaller one stays)."""
-    image = open_image(BytesIO(source) if isinstance(source, bytes) else source, name)
+def _scale(values: np.ndarray) -> Image.Image:
+    """A24: 8-bit grey (H, W) or RGB (H, W, 3) whose maximum is white."""
+    values = values.clip(min=0).astype(np.float32)
+    return Image.fromarray((values * (255 / max(values.max(), 1))).round().astype(np.uint8))
+
+
+def image_problem(path: Path) -> str | None:
+    """What is wrong with an image, in one line, or None."""
+    try:
+        image = open_image(path)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    span = max(high - low for low, high in np.atleast_2d(image.getextrema()))
+    if span < 25.5:
+        return (f"image {path}: blank or nearly so: its values fill {span} of 255; export it with "
+                f"values that fill the range")
+    return None
+
+
+def shrink_image(path: str | Path, content: bytes | None, target: Path) -> str | None:
+    """Write a view as 8-bit PNG whose short side has SHORT_SIDE pixels (a smaller one stays).
+
+    Returns what is wrong with it, if it is no image.
+    """
+    try:
+        image = open_image(path, content)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
     scale = min(1, SHORT_SIDE / min(image.size))
     size = [round(length * scale) for length in image.size]
     image = image.resize(size, Image.Resampling.BICUBIC)
@@ -144,36 +165,32 @@ def shrink_image(source: bytes | Path, name: str, target: Path) -> None:
     unfinished = target.with_suffix(".unfinished")
     image.save(unfinished, "PNG")
     unfinished.rename(target)
+    return None
 
 
-def shrink_images(jobs: Iterable[tuple[bytes | Path, str, Path]], total: int) -> None:
-    """`shrink_image` for all jobs, by a process for each core; what is there is not done again."""
-    bar, pending = tqdm(total=total, desc="images", unit="image"), set()
-    with ProcessPoolExecutor() as pool:
-        try:
-            for source, name, target in jobs:
-                if not target.is_file():
-                    if len(pending) >= 64:  # a bound: jobs hold whole images
-                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                        for job in done:
-                            job.result()
-                    pending.add(pool.submit(shrink_image, source, name, target))
-                bar.update()
-            for job in pending:
-                job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            bar.close()
+Job = tuple[str | Path, bytes | None, Path]  # the arguments of shrink_image
 
 
-def finish(building: Path, out: Path, tree: dict) -> None:
-    """The last step of every build: the annotation, then the final name."""
-    missing = [path for split in SPLITS for entry in tree.get(split, [])
-               for path in entry["image_path"] if not (building / "images" / path).is_file()]
-    if missing:
-        raise ValueError(f"{len(missing)} images are not in the archive, such as that of "
-                         f"{missing[0]}; is it the whole one? What is done stays in {building}, "
-                         f"and the next run goes on from there")
+def shrink_images(jobs: Iterable[Job], total: int) -> dict[Path, str]:
+    """`shrink_image` for all jobs but those whose target is there, by a process for each core.
+
+    Returns {target: what is wrong with its image}.
+    """
+    free, done = Semaphore(64), {}  # a bound: jobs hold whole images
+    with process_pool() as pool:
+        for job in tqdm(jobs, total=total, desc="images", unit="image"):
+            target = job[-1]
+            if not target.is_file():
+                free.acquire()
+                done[target] = pool.submit(shrink_image, *job)
+                done[target].add_done_callback(lambda _: free.release())
+    return {target: answer.result() for target, answer in done.items() if answer.result()}
+
+
+def finish(building: Path, out: Path, tree: dict, problems: list[str]) -> None:
+    """The last step of every build: the annotation, then the final name; not with `problems`."""
+    require_none(problems, f"; what is done stays in {building}, and the next run goes on from "
+                           f"there")
     (building / "annotation.json").write_text(json.dumps(tree), encoding="utf-8")
     building.rename(out)
     counts = ", ".join(f"{len(tree.get(split, []))} {split}" for split in SPLITS)

@@ -1,21 +1,13 @@
-"""The embedded demo: drawn radiographs, their reports, and two small pretrained models.
+"""The embedded demo: drawn radiographs and their reports, as ordinary files.
 
-All are ordinary files, as demo.yaml names them.
-
+    python data.py demo                   # train.py does it by itself
     python -m configs.demo runs/demo      # draw demo_cases.png, the picture of the README
 
-Nothing behind data.py knows that it is a demo.
+Its Swin and its Llama lie in demo_models/. Nothing behind data.py knows that it is a demo.
 """
 import argparse
 import json
-import multiprocessing
-import os
-import shutil
-import signal
-import threading
-from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from functools import partial
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 from tqdm import tqdm
 
-from configs import PROMPT
 from configs.findings import named_findings
 
-DEMO_SEED, PIXELS, TOKENS = 7, 96, 36
+DEMO_SEED, PIXELS = 7, 96
 DEMO_SPLITS = {"train": 2400, "val": 100, "test": 300}
 DEMO_REPORTS = json.loads((Path(__file__).parent / "demo_reports.json").read_text(encoding="utf-8"))
 DEMO_FINDINGS = DEMO_REPORTS["findings"]
@@ -90,6 +80,11 @@ def soft(distance: np.ndarray, edge: float = .015) -> np.ndarray:
     return np.clip(.5 - distance / edge, 0, 1)
 
 
+def length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """As np.hypot, which is slow."""
+    return np.sqrt(x * x + y * y)
+
+
 class Lung(NamedTuple):
     """One lung of a frontal view, or both of a lateral one; the masks are (96, 96), in 0..1."""
     cx: float             # its middle
@@ -122,14 +117,14 @@ class Film:
         self.light = .58 * self.skin
 
     def ellipse(self, cx, cy, rx, ry, edge=.02) -> np.ndarray:
-        distance = np.hypot((self.x - cx) / rx, (self.y - cy) / ry) - 1
+        distance = length((self.x - cx) / rx, (self.y - cy) / ry) - 1
         return soft(distance * min(rx, ry), edge)
 
     def stroke(self, x0, y0, x1, y1, half, edge=.015) -> np.ndarray:
         """The line from (x0, y0) to (x1, y1), `half` wide to each side."""
         from_x, from_y, dx, dy = self.x - x0, self.y - y0, x1 - x0, y1 - y0
         t = np.clip((from_x * dx + from_y * dy) / (dx ** 2 + dy ** 2), 0, 1)
-        return soft(np.hypot(from_x - t * dx, from_y - t * dy) - half, edge)
+        return soft(length(from_x - t * dx, from_y - t * dy) - half, edge)
 
     def has(self, name: str, side: int | None = None) -> bool:
         """Whether there is such a finding and, in a frontal view, whether it is on that side."""
@@ -166,36 +161,37 @@ class Film:
         else:
             off = np.abs(self.x - .5)
             rise = .30 * off + .5 * np.maximum(off - .25, 0)
+        cage = self.ellipse(lung.cx, .5, lung.width + .03, .43, .03)
+        hilum = lung.cx - lung.side * .09
         for k in range(7):
             rib = soft(np.abs(self.y - .13 - .085 * k - rise + lift) - .010, .02)
-            self.light += strength * rib * self.ellipse(lung.cx, .5, lung.width + .03, .43, .03)
-            angle, length = self.rng.random() * 6.3, .05 + .13 * self.rng.random()
-            hilum = lung.cx - lung.side * .09
-            end = hilum + length * np.cos(angle) * .7, .47 + length * np.sin(angle)
+            self.light += strength * rib * cage
+            angle, reach = self.rng.random() * 6.3, .05 + .13 * self.rng.random()
+            end = hilum + reach * math.cos(angle) * .7, .47 + reach * math.sin(angle)
             self.light += .05 * lung.air * self.stroke(hilum, .47, *end, .004)
 
     def draw_effusion(self, lung: Lung) -> None:
         outer = (self.x - lung.cx) / lung.width * (1 if self.lateral else lung.side)
         meniscus = .35 + .65 * np.clip(outer + .3, 0, 1.3) ** 2
-        level = self.floor + .015 - self.by_extent("effusion", (.10, .17, .26)) * meniscus
+        level = self.floor + .015 - self.by_extent("effusion", (.12, .20, .31)) * meniscus
         self.light += lung.cavity * soft(level - self.y, .03) * (.62 - self.light) * .9
 
     def draw_pneumothorax(self, lung: Lung) -> None:
         """Black around a smaller lung, and that lung's edge; in the upper part only."""
         _, _, side, _, air = lung
-        shrink = self.by_extent("pneumothorax", (.16, .22, .30)) * (.6 if self.lateral else 1)
+        shrink = self.by_extent("pneumothorax", (.18, .26, .36)) * (.6 if self.lateral else 1)
         across = self.x - lung.cx + side * lung.width * shrink * .7
         across = across / (lung.width * (1 - shrink * .6))
         along = (self.y - .5 - .38 * shrink) / ((.5 - self.top) * (1 - shrink))
-        d, upper = np.hypot(across, along) - 1, soft(self.y - .62)
+        d, upper = length(across, along) - 1, soft(self.y - .62)
         self.light += air * soft(-d * .15, .01) * upper * (.04 - self.light) * .95
         self.light += .35 * air * soft(np.abs(d) * .15 - .005, .01) * upper
 
     def draw_edema(self, lung: Lung) -> None:
         across, along = (self.x - lung.cx + lung.side * .06) / .13, (self.y - .48) / .16
         haze = np.exp(-across ** 2 - along ** 2)
-        grain = 1 + .2 * self.rng.standard_normal(self.x.shape)
-        self.light += self.by_extent("edema", (.22, .30, .40)) * lung.air * haze * grain
+        grain = 1 + .2 * self.rng.standard_normal(self.x.shape, np.float32)
+        self.light += self.by_extent("edema", (.28, .38, .52)) * lung.air * haze * grain
 
     def draw_atelectasis(self, lung: Lung) -> None:
         """One or two plates over the diaphragm."""
@@ -207,9 +203,9 @@ class Film:
 
     def draw_fracture(self, side: int) -> None:
         fx, fy = .5 + side * .29, .237 + .085 * int(1 + 4 * self.body[9])
-        rib = self.stroke(fx - .04, fy - .04 * side, fx + .04, fy + .01 * side, .018, .02)
+        rib = self.stroke(fx - .05, fy - .05 * side, fx + .05, fy + .01 * side, .022, .02)
         self.light += .70 * rib
-        self.light -= .60 * self.stroke(fx - .015, fy + .04, fx + .015, fy - .04, .006)
+        self.light -= .70 * self.stroke(fx - .02, fy + .05, fx + .02, fy - .05, .008)
 
     def draw_findings_of(self, lung: Lung) -> None:
         if self.has("effusion", lung.side):
@@ -241,7 +237,7 @@ class Film:
     def draw_heart(self) -> None:
         size = .120 + .025 * self.body[1]
         if self.has("cardiomegaly"):
-            size += self.by_extent("cardiomegaly", (.045, .075, .105))
+            size += self.by_extent("cardiomegaly", (.045, .080, .125))
         if self.lateral:
             shadow = self.ellipse(.36, .60, .02 + size * .95, .135, .03)
         else:
@@ -251,15 +247,16 @@ class Film:
     def draw_lesions(self) -> None:
         if self.has("opacity"):
             cx, cy = self.spot("opacity", 11)
-            r = self.by_extent("opacity", (.055, .075, .10))
+            r = self.by_extent("opacity", (.060, .085, .12))
             along = (self.y - cy) / r / (.8 + .4 * self.body[14])
-            haze = np.exp(-np.hypot((self.x - cx) / r, along) ** 2.5)
-            self.light += .45 * haze * (1 + .25 * self.rng.standard_normal(self.x.shape))
+            haze = np.exp(-length((self.x - cx) / r, along) ** 2.5)
+            grain = 1 + .25 * self.rng.standard_normal(self.x.shape, np.float32)
+            self.light += .45 * haze * grain
         if self.has("nodule"):
-            r = self.by_extent("nodule", (.034, .044, .056))
+            r = self.by_extent("nodule", (.042, .055, .072))
             self.light += .60 * self.ellipse(*self.spot("nodule", 15), r, r, .015)
         if self.has("granuloma"):
-            self.light += self.ellipse(*self.spot("granuloma", 18), .022, .022, .012)
+            self.light += self.ellipse(*self.spot("granuloma", 18), .026, .026, .012)
 
     def draw_pacemaker(self) -> None:
         """A box and the lead to the heart's tip."""
@@ -277,7 +274,7 @@ class Film:
         light, rng = .05 + (self.light - .05) * self.skin, self.rng
         coarse = torch.from_numpy(rng.standard_normal((1, 1, 6, 6), dtype=np.float32))
         coarse = F.interpolate(coarse, light.shape, mode="bicubic")[0, 0].numpy()
-        light += .02 * coarse + .015 * rng.standard_normal(light.shape)
+        light += .02 * coarse + .015 * rng.standard_normal(light.shape, np.float32)
         gain, gamma = .9 + .2 * rng.random(), .9 + .2 * rng.random()
         light = gain * np.clip(light, 0, 1.2) ** gamma
         return (255 * np.clip(light, 0, 1)).astype(np.uint8)
@@ -300,264 +297,52 @@ def draw_film(findings: list[dict], lateral: bool, body: np.ndarray,
     return film.expose()
 
 
-def draw_study(root: Path, split: str, number: int, i: int) -> tuple[dict, list[dict]]:
+class Study(NamedTuple):
+    """A study before its films are drawn."""
+    findings: list[dict]
+    body: list[float]           # 24 numbers in 0..1: the person
+    view_count: int
+    report: str
+    rng: np.random.Generator    # of its films
+
+
+def describe_study(split: str, i: int) -> Study:
+    """Study i of a split; no other depends on the same random numbers."""
+    rng = np.random.default_rng([DEMO_SEED, list(DEMO_SPLITS).index(split), i])
+    findings, body = draw_findings(rng), rng.random(24).tolist()
+    return Study(findings, body, 1 if rng.random() < .1 else 2, write_report(findings, rng), rng)
+
+
+def draw_study(root: Path, split: str, i: int) -> tuple[dict, list[dict]]:
     """Draw the views of study i of a split; returns its entry in annotation.json, its findings."""
-    rng = np.random.default_rng([DEMO_SEED, number, i])
-    name, findings, body = f"{split}_{i:04d}", draw_findings(rng), rng.random(24)
-    views = [f"{name}/{v}.png" for v in range(1 if rng.random() < .1 else 2)]
+    study, name = describe_study(split, i), f"{split}_{i:04d}"
+    views = [f"{name}/{v}.png" for v in range(study.view_count)]
     (root / "images" / name).mkdir(parents=True, exist_ok=True)
     for v, path in enumerate(views):
-        Image.fromarray(draw_film(findings, v == 1, body, rng)).save(root / "images" / path)
-    report = write_report(findings, rng)
-    return {"id": name, "report": report, "image_path": views}, findings
+        film = draw_film(study.findings, v == 1, study.body, study.rng)
+        Image.fromarray(film).save(root / "images" / path)
+    return {"id": name, "report": study.report, "image_path": views}, study.findings
 
 
-def draw_studies(root: Path, studies: dict[str, int], pool: Executor) -> tuple[dict, dict]:
-    """Images, by the processes of a pool; returns annotation.json and findings.json."""
-    annotation, truth = {}, {}
-    for number, (split, count) in enumerate(studies.items()):
-        drawn = pool.map(partial(draw_study, root, split, number), range(count), chunksize=20)
-        drawn = list(tqdm(drawn, f"drawing {split}", count, mininterval=1))
-        annotation[split] = [study for study, _ in drawn]
-        truth |= {study["id"]: findings for study, findings in drawn}
-    return annotation, truth
-
-
-def shapes_of_all_kinds(u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
-    """Six masks (6, *u.shape) in 0..1 around the origin of u and v."""
-    rho = torch.hypot(u, v)
-    disc, ring = rho - radius, (rho - radius).abs() - .008
-    box = torch.maximum(u.abs(), v.abs()) - radius
-    bar = torch.maximum(u.abs() - 2 * radius, v.abs() - .010)
-    sharp = (.5 - torch.stack([disc, ring, box, bar]) / .015).clamp(0, 1)
-    blob = (-(rho / radius) ** 2).exp()
-    grating = blob * (.5 + .5 * (u * 120).sin())
-    return torch.cat([sharp, torch.stack([blob, grating])])
-
-
-def draw_shapes(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generic shapes on clutter, and what they are.
-
-    Returns:
-        images (count, 1, 96, 96) in 0..1, and (count, 11, 6, 6), which of the 6 kinds, 3 sizes and
-        2 signs each cell holds.
-    """
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(shape, generator=generator)
-
-    def local(n):  # turned coordinates around n random centres
-        x = grid - uniform(0, 1, count, n, 1, 1)
-        y = grid[:, None] - uniform(0, 1, count, n, 1, 1)
-        angle = uniform(0, 6.3, count, n, 1, 1)
-        return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-
-    grid = (torch.arange(PIXELS) + .5) / PIXELS
-
-    # clutter: large ellipses, bands and noise, unlabelled
-    image = uniform(.1, .6, count, 1, 1, 1).expand(-1, -1, PIXELS, PIXELS).clone()
-    u, v = local(4)
-    wide, high = uniform(.15, .5, count, 4, 1, 1), uniform(.1, .4, count, 4, 1, 1)
-    big = ((u / wide) ** 2 + (v / high) ** 2 - 1).mul(-4).sigmoid()
-    image += (big * uniform(-.2, .2, count, 4, 1, 1)).sum(1, keepdim=True)
-    strength, frequency = uniform(0, .05, count, 4, 1, 1), uniform(10, 90, count, 4, 1, 1)
-    bands = strength * (u * frequency).sin().clamp(min=0)
-    image += bands[:, :2].sum(1, keepdim=True)
-    for cells in (4, 12, 48):
-        noise = torch.randn(count, 1, cells, cells, generator=generator)
-        noise = noise * uniform(0, .06, count, 1, 1, 1)
-        image += F.interpolate(noise, (PIXELS, PIXELS), mode="bilinear")
-
-    # five shapes, each dark or bright
-    kind, size, sign = (torch.randint(k, (count, 5, 1, 1), generator=generator) for k in (6, 3, 2))
-    u, v = local(5)
-    radius = torch.tensor([.022, .045, .09])[size] * uniform(.75, 1.25, count, 5, 1, 1)
-    alpha = shapes_of_all_kinds(u, v, radius).gather(0, kind.expand_as(u)[None])[0]
-    image += (alpha * uniform(.10, .60, count, 5, 1, 1) * (2 * sign - 1)).sum(1, keepdim=True)
-    image += .025 * torch.randn(image.shape, generator=generator)
-    traits = [F.one_hot(t[..., 0, 0], n) for t, n in ((kind, 6), (size, 3), (sign, 2))]
-    traits = torch.cat(traits, -1).float()
-    cells = (F.max_pool2d(alpha, PIXELS // 6) > .5).float()
-    return image.clamp(0, 1), (cells[:, :, None] * traits[..., None, None]).amax(1)
-
-
-def pretrain(what: str, parameters: list, steps: int, loss_of, beta2: float) -> None:
-    """AdamW under a one-cycle schedule; `loss_of(step)` draws its batch."""
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(.9, beta2), weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=.1)
-    for step in (bar := tqdm(range(steps), f"pretraining the {what}")):
-        loss = loss_of(step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 25 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
-def pretrain_swin(folder: Path, steps: int, batch: int = 32) -> None:
-    """The stand-in for ImageNet: name the generic shapes in each cell.
-
-    No film, finding or report is used.
-    """
-    from transformers import SwinConfig, SwinModel, ViTImageProcessor
-    torch.manual_seed(DEMO_SEED)
-    generator = torch.Generator().manual_seed(DEMO_SEED)
-    swin = SwinModel(SwinConfig(
-        image_size=PIXELS, patch_size=4, embed_dim=32, depths=[1, 1, 2], num_heads=[2, 4, 8],
-        window_size=6, use_absolute_embeddings=True, drop_path_rate=0.0, initializer_range=.06,
-        attn_implementation="eager"),  # on a CPU no slower than the fused one
-        add_pooling_layer=False)
-    head = torch.nn.Linear(swin.config.hidden_size, 11)
-    draws = tqdm(range(max(1, steps // 19)), "drawing shapes")
-    pool = [draw_shapes(64, generator) for _ in draws]
-    images, labels = (torch.cat(parts) for parts in zip(*pool))
-
-    def loss_of(step: int) -> Tensor:
-        rows = torch.randint(len(images), (batch,), generator=generator)
-        # shapes have no left and right
-        flips = [d for d in (2, 3) if torch.rand((), generator=generator) < .5]
-        x = images[rows].flip(flips).expand(-1, 3, -1, -1)
-        target = labels[rows].flip(flips).flatten(2).mT
-        logits = head(swin((x - .35) / .2).last_hidden_state)
-        return F.binary_cross_entropy_with_logits(logits, target)
-    pretrain("Swin", [*swin.parameters(), *head.parameters()], steps, loss_of, beta2=.95)
-    swin.save_pretrained(folder)
-    size = dict(height=PIXELS, width=PIXELS)
-    processor = ViTImageProcessor(size=size, image_mean=[.35] * 3, image_std=[.2] * 3)
-    processor.save_pretrained(folder)
-
-
-def train_tokenizer(reports: list[str]):
-    """Byte-level pairs, 800 pieces, of the reports and the prompt; 0 is BOS, 1 EOS, 2 padding."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator([*reports, *PROMPT * 50], trainers.BpeTrainer(
-        vocab_size=800, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-
-
-def draw_hints(words_of_rows: list[np.ndarray], weight: np.ndarray, rng: np.random.Generator,
-               generator: torch.Generator) -> Tensor:
-    """(B, 1, vocabulary): at most eight words of each report, each with a random strength."""
-    hints = torch.zeros(len(words_of_rows), 1, len(weight))
-    for b, words in enumerate(words_of_rows):
-        count = min(rng.integers(0, 9), len(words))
-        chance = weight[words] / weight[words].sum()
-        words = rng.choice(words, count, replace=False, p=chance)
-        hints[b, 0, words] = torch.rand(len(words), generator=generator)
-    return hints
-
-
-def pretrain_llama(folder: Path, reports: list[str], steps: int, batch: int = 32) -> None:
-    """A language model of the training reports; no image is used.
-
-    Seven batches in eight stand behind a prompt whose image slots hold a noisy sum of some of the
-    report's own words: the habit of a chat model, to use what its prompt says.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(DEMO_SEED)
-    rng = np.random.default_rng(DEMO_SEED)
-    generator = torch.Generator().manual_seed(DEMO_SEED)
-    tokenizer = train_tokenizer(reports)
-    tokenizer.save_pretrained(folder)
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=512, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, attn_implementation="eager"))
-    before, after, *texts = tokenizer([*PROMPT, *reports], add_special_tokens=False).input_ids
-    vocabularies = [np.unique(text) for text in texts]
-    seen = np.bincount(np.concatenate(vocabularies), minlength=len(tokenizer))
-    weight = np.log(len(texts) / seen.clip(1)).clip(1e-6)  # a rare word is hinted at more often
-    embed, start = llama.model.embed_tokens, 1 + len(before)
-
-    def loss_of(step: int) -> Tensor:
-        rows, hinted = rng.choice(len(texts), batch, replace=False), step % 8 > 0
-        prompt = [0, *before, *[2] * TOKENS, *after] if hinted else [0]
-        ends = [texts[i] + [1] for i in rows]
-        longest = max(map(len, ends))
-        ids = torch.tensor([prompt + end + [2] * (longest - len(end)) for end in ends])
-        targets = torch.tensor([end + [-100] * (longest - len(end)) for end in ends])
-        inputs = embed(ids[:, :-1])
-        if hinted:
-            hints = draw_hints([vocabularies[i] for i in rows], weight, rng, generator)
-            noise = .3 * torch.randn(batch, 1, 192, generator=generator)
-            noise = noise + torch.randn(batch, TOKENS, 192, generator=generator)
-            slots = hints @ embed.weight + embed.weight.detach().std() * noise
-            inputs = torch.cat([inputs[:, :start], slots, inputs[:, start + TOKENS:]], 1)
-        states = llama.model(inputs_embeds=inputs).last_hidden_state  # padding follows: no mask
-        logits = llama.lm_head(states[:, len(prompt) - 1:])
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    pretrain("Llama", list(llama.parameters()), steps, loss_of, beta2=.999)
-    llama.save_pretrained(folder)
-
-
-def begin_worker(threads: int) -> None:
-    """Of a process that builds: its threads, and its end where the one that waits is killed."""
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)  # another process may be building by now
-    torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def two_processes() -> ProcessPoolExecutor:
-    """They draw the films, then make the two models, side by side.
-
-    Each has half of the threads: on two cores one, so that the bytes are those of one thread.
-    """
-    threads = max(1, torch.get_num_threads() // 2)
-    context = multiprocessing.get_context("spawn")  # a forked OpenMP may hang
-    pool = ProcessPoolExecutor(2, context, begin_worker, (threads,))
-    # Ctrl-C is for the process that waits: these inherit the mask, and would trip in their imports
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    for _ in range(2):
-        pool.submit(os.getpid)  # each starts a process
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return pool
-
-
-def pretrain_both(folder: Path, reports: list[str], swin_steps: int, llama_steps: int,
-                  pool: Executor) -> None:
-    """The folders swin and llama. An interrupt, or the error of one process, ends both."""
-    jobs = [pool.submit(pretrain_swin, folder / "swin", swin_steps),
-            pool.submit(pretrain_llama, folder / "llama", reports, llama_steps)]
-    try:
-        for job in as_completed(jobs):
-            job.result()
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()  # else the pool would wait for them, minutes long
-        raise
-
-
-def build_demo(root: Path, clean: Callable[[str], str], studies: dict[str, int] = DEMO_SPLITS,
-               swin_steps: int = 1200, llama_steps: int = 500) -> None:
-    """Write the demo: a data root in R2Gen's format, and the folders swin and llama in it.
-
-    Same arguments, same bytes. `clean` is the report cleaning of the dataset: the Llama reads what
-    training reads. Built under another name and renamed at the end, so that a stopped build leaves
-    nothing that looks whole.
-    """
-    building = root.with_name(root.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)
-    with two_processes() as pool:
-        annotation, truth = draw_studies(building, studies, pool)
-        reports = [clean(study["report"]) for study in annotation["train"]]
-        pretrain_both(building, reports, swin_steps, llama_steps, pool)
-    phrases = {name: spec["phrases"] for name, spec in DEMO_FINDINGS.items()}
-    sides = {side: [side] for side in ("left", "right")}
+def findings_spec() -> dict:
+    """findings.json without its studies: the words that name a finding, a side, an extent."""
     sizes_and_grades = zip(*DEMO_REPORTS["extents"].values())
-    extents = {size: sorted({size, grade}) for size, grade in sizes_and_grades}
-    (building / "findings.json").write_text(json.dumps({
-        "phrases": phrases, "sides": sides, "extents": extents, "studies": truth}))
-    (building / "annotation.json").write_text(json.dumps(annotation))
-    building.rename(root)
+    return {"phrases": {name: spec["phrases"] for name, spec in DEMO_FINDINGS.items()},
+            "sides": {side: [side] for side in ("left", "right")},
+            "extents": {size: sorted({size, grade}) for size, grade in sizes_and_grades}}
+
+
+def build_demo(root: Path, studies: dict[str, int] = DEMO_SPLITS) -> None:
+    """Draw a data root in R2Gen's format, with findings.json. Same arguments, same bytes."""
+    annotation, truth = {}, {}
+    for split, count in studies.items():
+        annotation[split] = []
+        for i in tqdm(range(count), f"drawing {split}", mininterval=1):
+            entry, findings = draw_study(root, split, i)
+            annotation[split].append(entry)
+            truth[entry["id"]] = findings
+    (root / "findings.json").write_text(json.dumps(findings_spec() | {"studies": truth}))
+    (root / "annotation.json").write_text(json.dumps(annotation))
 
 
 # The picture of the README ------------------------------------------------------------------------

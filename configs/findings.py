@@ -1,7 +1,13 @@
 """Findings that a text names, by the phrases of a findings.json: no clinical labeller."""
+import json
 import re
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from configs import Data
 
 # A clause ends with its sentence and before these words; not at the "with" of "consistent with".
 # In it, what follows a word of DENIED is not there ("clear airspace" lost its "of"; "no change in"
@@ -15,6 +21,30 @@ DENIED = re.compile(r"\b(?:(?:no|without)(?! (?:significant |interval )*change\b
 GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are) absent|"
                   r"(?<!cannot be )ruled out|(?:no longer|(?:is|are|was|were) not) (?:well-)?"
                   r"(?:seen|identified|present|visualized|evident))\b")
+
+
+def read_findings(data: Data, names: Iterable[str]) -> dict | None:
+    """findings.json of the data, if there is one: what studies hold, and phrases that name it.
+
+    ValueError where it is another file, or lacks one of the studies `names`.
+    """
+    path = Path(data.root) / "findings.json"
+    if not path.is_file():
+        return None
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8-sig"))
+        groups = [group for key in ("phrases", "sides", "extents") for group in spec[key].items()]
+        for name, phrases in groups:
+            if not isinstance(phrases, list) or not phrases or not all(phrases):
+                raise ValueError(f"{name!r} has no list of phrases")
+        named_findings("", spec)  # compiles them
+        for held in (held for name in names for held in spec["studies"][name]):
+            spec["phrases"][held["finding"]], held["side"], held["extent"]
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        raise ValueError(f"{path}: expected `phrases`, `sides` and `extents`, regular expressions, "
+                         "and in `studies` for each study a list of {finding, side, extent}; got "
+                         f"{type(error).__name__}: {error}") from None
+    return spec
 
 
 def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
@@ -38,6 +68,34 @@ def named_in_each(texts: Iterable[str], spec: dict) -> list[dict]:
     texts = list(texts)
     read = {text: named_findings(text, spec) for text in set(texts)}
     return [read[text] for text in texts]
+
+
+def findings_matrices(predictions: dict[str, str], spec: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(N, L) bool, N studies, L findings: those that predictions name; those of findings.json."""
+    named = named_in_each(predictions.values(), spec)
+    true = [{held["finding"] for held in spec["studies"][name]} for name in predictions]
+    return tuple(np.array([[finding in row for finding in spec["phrases"]] for row in rows])
+                 for rows in (named, true))
+
+
+def findings_details(predictions: dict[str, str], spec: dict, each: dict[str, dict]) -> dict:
+    """The long tail (Sec. 1), and the details: of the findings named rightly, the share right.
+
+    macro_f1_frequent and _rare: over the half of the findings with most studies, and the other.
+    `side` and `extent`: None where no such finding has one. `each`: the scores of each finding.
+    """
+    f1 = [row["f1"] for row in sorted(each.values(), key=lambda row: -row["studies"])]
+    half = (len(f1) + 1) // 2
+    details = {"macro_f1_frequent": float(np.mean(f1[:half])),
+               "macro_f1_rare": float(np.mean(f1[half:] or [0]))}
+    right = {"side": [], "extent": []}
+    for name, named in zip(predictions, named_in_each(predictions.values(), spec)):
+        for held in spec["studies"][name]:
+            found = dict(zip(right, named.get(held["finding"], ())))
+            for key in found.keys() & {key for key in right if held[key] is not None}:
+                right[key].append(found[key] == held[key])
+    return details | {key: float(np.mean(values)) if values else None
+                      for key, values in right.items()}
 
 
 def _named(text: str, groups: dict[str, list[str]]) -> list[str]:

@@ -1,17 +1,20 @@
 """IU-Xray as R2Gen uses it, from the two archives of Open-i (iu_xray.yaml, iu_xray_small.yaml)."""
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 from xml.etree import ElementTree
 
 from tqdm import tqdm
 
 from configs.archives import LARGEST_IMAGE, LARGEST_TEXT, finish, read_archive, shrink_images
+from configs.findings import named_findings
+from configs.report import write_whole
 
 OPEN_I = "https://openi.nlm.nih.gov/imgs/collections/"  # of the National Library of Medicine
 SPLIT = Path(__file__).with_name("iu_xray_split.json")  # R2Gen's ids of train, val and test
+IU_XRAY_FINDINGS = Path(__file__).with_name("iu_xray_findings.json")  # no clinical labeller
 
 
 def download(url: str, path: Path) -> Path:
@@ -35,20 +38,10 @@ def download(url: str, path: Path) -> Path:
             if part.stat().st_size != total:
                 raise OSError(f"got {part.stat().st_size} of {total} bytes")
             part.rename(path)
-    except (OSError, ValueError, TypeError) as error:  # no connection, no such page, no length
-        if isinstance(error, HTTPError) and error.code == 416:  # nothing is left to send
-            if error.headers["Content-Range"] == f"bytes */{part.stat().st_size}":
-                return part.rename(path)  # it was whole, and only its name was not yet changed
+    except (OSError, TypeError) as error:  # no connection, no such page, no length
         raise ValueError(f"{url}: {error}; run the command again to go on, or fetch it by hand and "
                          f"name it on the command line (--reports, --images)") from None
     return path
-
-
-class _NoDoctype(ElementTree.TreeBuilder):
-    """Refuses a document type, whose entities could blow up."""
-
-    def doctype(self, *_) -> None:
-        raise ElementTree.ParseError("it declares a document type")
 
 
 def read_reports(archive: Path) -> dict[str, tuple[str, list[str]]]:
@@ -60,8 +53,8 @@ def read_reports(archive: Path) -> dict[str, tuple[str, list[str]]]:
     reports = read_archive(archive, ".xml", LARGEST_TEXT)
     for name, content in tqdm(reports, desc="reports", unit="report"):
         try:
-            tree = ElementTree.fromstring(content, ElementTree.XMLParser(target=_NoDoctype()))
-        except (ElementTree.ParseError, LookupError, ValueError) as error:  # of its encoding, too
+            tree = ElementTree.fromstring(content)
+        except ElementTree.ParseError as error:
             raise ValueError(f"{archive}: {name}: not a report of the collection: "
                              f"{error}") from None
         sections = {e.get("Label"): e.text for e in reversed(list(tree.iter("AbstractText")))}
@@ -89,10 +82,25 @@ def build_iu_xray(out: Path, reports: Path | None = None, images: Path | None = 
     targets = {image: building / "images" / name / f"{view}.png"
                for name in names for view, image in enumerate(studies[name][1])}
     files = read_archive(images, ".png", LARGEST_IMAGE)
-    shrink_images(((content, name, targets[Path(name).stem]) for name, content in files
-                   if Path(name).stem in targets), len(targets))
+    problems = shrink_images(((name, content, targets[Path(name).stem]) for name, content in files
+                              if Path(name).stem in targets), len(targets))
+    absent = [f"image {name}.png: not in {images}" for name, target in targets.items()
+              if target not in problems and not target.is_file()]
     tree = {"sections": "findings"}
     for key, part in split.items():
         tree[key] = [{"id": name, "report": studies[name][0], "split": key,
                       "image_path": [f"{name}/0.png", f"{name}/1.png"]} for name in part]
-    finish(building, out, tree)
+    finish(building, out, tree, [*problems.values(), *absent])
+
+
+def write_findings(folder: Path, splits: dict[str, Sequence]) -> None:
+    """findings.json of IU-Xray, whose annotation has none: a study has what its report names."""
+    spec = json.loads(IU_XRAY_FINDINGS.read_text(encoding="utf-8"))
+    spec["studies"] = {}
+    for study in (study for studies in splits.values() for study in studies):
+        named = named_findings(study.report, spec)
+        spec["studies"][study.id] = [{"finding": finding, "side": side, "extent": extent}
+                                     for finding, (side, extent) in named.items()]
+    write_whole(folder / "findings.json", json.dumps(spec))
+    print(f"{folder / 'findings.json'}: what the reports name, by the phrases of "
+          f"{IU_XRAY_FINDINGS.name}")

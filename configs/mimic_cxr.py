@@ -1,10 +1,8 @@
 """MIMIC-CXR in R2Gen's form, from PhysioNet's folders (mimic_cxr.yaml)."""
 import csv
 import gzip
-import json
 import re
 import zlib
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -48,7 +46,7 @@ def read_split(jpg: Path) -> list[dict]:
         raise FileNotFoundError(f"--jpg {jpg}: there is no mimic-cxr-2.*-split.csv.gz; expected "
                                 f"the folder of mimic-cxr-jpg")
     open_table = gzip.open if tables[0].suffix == ".gz" else open
-    with open_table(tables[0], "rt", encoding="utf-8", newline="") as file:
+    with open_table(tables[0], "rt", encoding="utf-8-sig", newline="") as file:
         try:
             rows = list(csv.DictReader(file))
         except (EOFError, OSError, zlib.error, csv.Error, UnicodeDecodeError) as error:
@@ -84,8 +82,8 @@ def read_reports(reports: Path, rows: list[dict]) -> dict[str, str]:
 def annotate(jpg: Path, reports: Path, sections: str) -> dict:
     """R2Gen's tree: an entry for each image of a study with FINDINGS, in the official split."""
     rows = read_split(jpg)
-    texts = {study: report_section(text, sections)
-             for study, text in read_reports(reports, rows).items()}
+    files = read_reports(reports, rows)
+    texts = {study: report_section(text, sections) for study, text in files.items()}
     tree = {"sections": sections} | {split: [] for split in SPLITS}
     for row in rows:
         split, report = row["split"].replace("validate", "val"), texts.get(row["study_id"])
@@ -94,36 +92,37 @@ def annotate(jpg: Path, reports: Path, sections: str) -> dict:
             path = f"p{subject[:2]}/p{subject}/s{study}/{row['dicom_id']}.jpg"
             tree[split].append({"id": row["dicom_id"], "study_id": int(study), "split": split,
                                 "subject_id": int(subject), "report": report, "image_path": [path]})
+    studies = {row["study_id"] for row in rows}
+    absent = studies - set(texts)
+    silent = [study for study in studies & set(texts) if not texts[study]]
+    print(f"of {len(studies)} studies {len(absent)} have no report in {reports}, and "
+          f"{len(silent)} have one without FINDINGS; they are left out")
     if not tree["train"]:
         raise ValueError(f"--reports {reports}: no training study of {jpg} has a report with "
                          f"FINDINGS there; expected the reports of MIMIC-CXR")
     return tree
 
 
-def read_annotation(path: Path, check: Callable[[dict, str], object]) -> dict:
-    """R2Gen's own file; `check` raises ValueError for an entry that is broken."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        tree = None
-    if not isinstance(tree, dict) or set(tree) - set(SPLITS) or \
-            not all(isinstance(entries, list) for entries in tree.values()):
-        raise ValueError(f"--annotation {path}: expected R2Gen's {{'train': [...], 'val': [...], "
-                         f"'test': [...]}}")
-    for split, entries in tree.items():
-        for i, entry in enumerate(entries):
-            check(entry, f"{path}: {split}[{i}]")
-    return tree
+def build_mimic_cxr(out: Path, jpg: Path, tree: dict, skip_missing: bool = False) -> None:
+    """Write `out`: the images of mimic-cxr-jpg, and the tree of an annotation.
 
-
-def build_mimic_cxr(out: Path, jpg: Path, tree: dict) -> None:
-    """Write `out`: the images of mimic-cxr-jpg, and a tree of `annotate` or `read_annotation`."""
-    building, targets = out.with_name(out.name + ".building"), {}  # {original: its small PNG}
+    ValueError if an image is missing or broken, after all of them; with `skip_missing` its study is
+    left out.
+    """
+    building, targets = out.with_name(out.name + ".building"), {}  # {small PNG: its original}
     for entry in (entry for split in SPLITS for entry in tree.get(split, [])):
         small = [str(PurePosixPath(path).with_suffix(".png")) for path in entry["image_path"]]
         for path, png in zip(entry["image_path"], small):
-            targets[jpg / "files" / path] = building / "images" / png
+            targets[building / "images" / png] = jpg / "files" / path
         entry["image_path"] = small
-    jobs = ((path, str(path), target) for path, target in targets.items())
-    shrink_images(jobs, len(targets))
-    finish(building, out, tree)
+    jobs = ((path, None, target) for target, path in targets.items())
+    problems = shrink_images(jobs, len(targets))
+    if skip_missing:
+        for split in SPLITS:
+            studies = tree.get(split, [])
+            tree[split] = [entry for entry in studies if not any(
+                building / "images" / path in problems for path in entry["image_path"])]
+            print(f"{split}: {len(studies) - len(tree[split])} of {len(studies)} studies left out, "
+                  f"whose images are missing or broken")
+        problems = {}
+    finish(building, out, tree, list(problems.values()))

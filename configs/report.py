@@ -9,17 +9,18 @@ import math
 import os
 import random
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from configs.archives import leaves, open_image
+from configs.findings import named_findings
 
 CASES, PIXELS = 60, 352  # studies, and the longer side of a view: under 3 MB with two views each
 CURVE_POINTS = 300
-STEP_KEYS = ("report", "vse", "did", "did_top1", "pull_report", "pull_vse", "pull_did",
-             "gradient_norm")
+STEP_KEYS = ("report", "vse", "did", "did_top1", "gradient_norm")
 VAL_KEYS = ("BLEU_4", "ROUGE_L", "CIDEr", "distinct")
 NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact",
              "negative", "stable"}
@@ -92,16 +93,42 @@ def names_abnormality(reference: str) -> bool:
     return any(words and not NORMALITY & set(words) for words in sentences)
 
 
-def write_page(path: Path, rows: list[dict], images: Path, shown: dict) -> None:
-    """Write the page of one split.
+def principal_plane(embeds: np.ndarray) -> np.ndarray:
+    """PCA of visual embeddings scaled to unit length (Eq. 4), as in Fig. 1(c).
 
-    Args:
-        rows: a dict a study with id, prediction, reference, image_path, visual_pca where known,
-            cider, rouge_l, and tags: {"reference" | "prediction": [[finding, detail], ...]}, or
-            None.
-        images: the folder of the views.
-        shown: split, names (of the metrics), config, metrics, tagger (what read the tags, or None).
+    Args: embeds (n, D). Returns: (n, 3): two coordinates, the squared distance from their plane.
+    The mean of all three squared lengths is the variance: 1 minus the mean cosine of two studies.
     """
+    rows = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+    rows = rows - rows.mean(axis=0)
+    _, _, axes = np.linalg.svd(rows, full_matrices=False)
+    # The sign of an axis is free: the same in every run.
+    axes = np.array([axis * np.sign(axis[np.abs(axis).argmax()]) for axis in axes[:2]])
+    plane = rows @ axes.T
+    plane = np.pad(plane, [(0, 0), (0, 2 - plane.shape[1])])  # a split of one study has one axis
+    return np.column_stack([plane, np.maximum((rows**2).sum(axis=1) - (plane**2).sum(axis=1), 0)])
+
+
+def tag(row: dict, spec: dict | None, classes: Callable | None) -> dict[str, list] | None:
+    """What reference and prediction name: {side: [[finding, detail], ...]}; or None.
+
+    By findings.json (`spec`), else by CheXbert (`classes`: a text's {condition: class}).
+    """
+    if spec:
+        held = spec["studies"][row["id"]]
+        named = {"reference": {f["finding"]: (f["side"], f["extent"]) for f in held},
+                 "prediction": named_findings(row["prediction"], spec)}
+        return {side: [[name, " ".join(filter(None, details))] for name, details in found.items()]
+                for side, found in named.items()}
+    if classes is None:
+        return None
+    words = {1: "", 3: "uncertain"}
+    return {side: [[name, words[c]] for name, c in classes(row[side]).items() if c in words]
+            for side in ("reference", "prediction")}
+
+
+def draw_cases(rows: list[dict], tags: list, images: Path) -> list[dict]:
+    """The studies of `choose_cases`, with their films; more views a study are shown smaller."""
     order = sorted(range(len(rows)), key=lambda i: -rows[i]["cider"])
     rank = {i: place + 1 for place, i in enumerate(order)}
     groups = choose_cases([row["cider"] for row in rows])
@@ -110,21 +137,36 @@ def write_page(path: Path, rows: list[dict], images: Path, shown: dict) -> None:
     cases = []
     for group, chosen in groups.items():
         for i in chosen:
-            keys = ("id", "reference", "prediction", "cider", "rouge_l", "tags")
+            keys = ("id", "reference", "prediction", "cider", "rouge_l")
             films = [None if leaves(view) else thumbnail(images / view, pixels)  # of other hands
                      for view in rows[i].get("image_path", [])]
             cases.append({key: rows[i][key] for key in keys}
-                         | {"group": group, "rank": rank[i], "views": films})
-    points = []
-    for row in rows:
-        named = row["tags"]["reference"] if row["tags"] else []
+                         | {"group": group, "rank": rank[i], "tags": tags[i], "views": films})
+    return cases
+
+
+def draw_page(path: Path, rows: list[dict], images: Path, shown: dict, spec: dict | None = None,
+              classes: Callable | None = None) -> None:
+    """Write the page of one split: Tables 1 and 3, curves, embeddings, cases as in Fig. 3.
+
+    Args:
+        rows: a dict a study with id, prediction, reference, image_path, cider, rouge_l, and, where
+            known, visual_pca.
+        images: the folder of the views.
+        shown: split, names (of the metrics), config, metrics.
+        spec, classes: as in `tag`.
+    """
+    tags, points = [tag(row, spec, classes) for row in rows], []
+    for row, its in zip(rows, tags):
+        named = its["reference"] if its else []
         if "visual_pca" in row:
             points.append({"id": row["id"], "at": row["visual_pca"],
                            "abnormal": names_abnormality(row["reference"]),
                            "findings": [name for name, _ in named if name != "No Finding"]})
     header, lines = curves(path.parent / "log.jsonl")
+    tagger = "findings.json" if spec else "CheXbert" if classes else None
     data = shown | {"name": path.stem.removesuffix("_report"), "header": header, "curves": lines,
-                    "cases": cases, "points": points}
+                    "cases": draw_cases(rows, tags, images), "points": points, "tagger": tagger}
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     # Nothing in the data can end the script that holds it.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")

@@ -1,6 +1,7 @@
 """Tiny backbones and a tiny dataset, made here: every test runs on a CPU, offline."""
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -9,21 +10,20 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
-import pytest
-import torch
-import transformers
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, SwinConfig, SwinModel)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from configs import load_config, parse_config  # noqa: E402
-from model import VDGen, load_model  # noqa: E402
+
+# transformers and model.py are imported where they are used: test_losses.py needs torch alone.
 
 REPORTS = [
     "The heart is enlarged. No pleural effusion.",
@@ -36,8 +36,7 @@ REPORTS = [
 
 
 # What two equal runs log differently; the last only on a GPU.
-TIMING = ("seconds", "studies_per_second", "report_tokens_per_second", "peak_memory_gb",
-          "peak_reserved_gb")
+TIMING = ("seconds", "peak_memory_gb", "peak_reserved_gb")
 
 
 class ReadBacks(TorchDispatchMode):
@@ -78,6 +77,7 @@ class ReadBacks(TorchDispatchMode):
 
 
 def write_swin(folder: Path) -> None:
+    from transformers import SwinConfig, SwinModel
     torch.manual_seed(0)
     swin = SwinModel(SwinConfig(
         image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4],
@@ -88,30 +88,22 @@ def write_swin(folder: Path) -> None:
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(bos_token="<s>", eos_token="</s>"):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(REPORTS, trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def write_llama(folder: Path) -> None:
-    torch.manual_seed(1)
-    tokenizer = make_tokenizer()
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        tie_word_embeddings=True, initializer_range=0.2))
-    llama.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos_token,
+                                   eos_token=eos_token)
 
 
 def write_backbones(folder: Path) -> Path:
     write_swin(folder / "swin")
-    write_llama(folder / "llama")
+    write_llm("Llama", folder / "llama", tie_word_embeddings=True)
     return folder
 
 
@@ -144,30 +136,70 @@ def tiny_config(backbones: Path, data_root: Path, output: Path, *overrides: str)
         generate=dict(num_beams=2, min_new_tokens=1, max_new_tokens=6)), overrides)
 
 
-def write_map_encoder(kind, folder, **more):
+def write_pixels(folder: Path, size: int) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(
+        image_processor_type="ViTImageProcessor", size=size, image_mean=[0.5] * 3,
+        image_std=[0.25] * 3)))
+
+
+def write_map_encoder(kind: str, folder: Path, **more):
     """The folder of an encoder whose output is a map; returns the encoder."""
-    sizes = dict(
-        EfficientNet=dict(
-            image_size=64,
-            width_coefficient=0.1,
-            depth_coefficient=0.1,
-            hidden_dim=128,
-            initializer_range=0.5,
-        ),
-        ResNet=dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"),
-    )[kind]
+    import transformers
+    sizes = dict(EfficientNet=dict(image_size=64, width_coefficient=0.1, depth_coefficient=0.1,
+                                   hidden_dim=128, initializer_range=0.5),
+                 ResNet=dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1],
+                             layer_type="basic"))[kind]
     torch.manual_seed(0)
     config = getattr(transformers, kind + "Config")(**sizes, **more)
     vision = getattr(transformers, kind + "Model")(config)
     vision.save_pretrained(folder)
-    shape = dict(
-        image_processor_type="ViTImageProcessor",
-        size=64,
-        image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
-    )
-    (folder / "preprocessor_config.json").write_text(json.dumps(shape))
+    write_pixels(folder, 64)
     return vision
+
+
+def write_encoder(kind: str, folder: Path) -> None:
+    """The folder of a tiny encoder of images of a family of transformers, with random weights."""
+    import transformers
+    if kind in ("EfficientNet", "ResNet"):
+        write_map_encoder(kind, folder)
+        return
+    patches = dict(image_size=32, patch_size=8, hidden_size=16, intermediate_size=16,
+                   num_hidden_layers=1, num_attention_heads=2)
+    texts = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                 vocab_size=99)
+    sizes = dict(
+        ConvNext=dict(image_size=32, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1]),
+        Swinv2=dict(image_size=32, patch_size=4, window_size=4, embed_dim=8, depths=[1, 1],
+                    num_heads=[1, 2]),
+        Hiera=dict(image_size=[32, 32], patch_size=[7, 7], patch_stride=[4, 4], embed_dim=8,
+                   depths=[1, 1], num_heads=[1, 2], masked_unit_size=[2, 2], num_query_pool=1),
+        PvtV2=dict(image_size=[32, 32], hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1],
+                   num_attention_heads=[1, 1, 2, 2]),
+        RegNet=dict(embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1],
+                    groups_width=8),
+        CLIP=dict(vision_config=patches, text_config=texts),
+        Siglip=dict(vision_config=patches, text_config=texts)).get(kind, patches)
+    torch.manual_seed(0)
+    config = getattr(transformers, kind + "Config")(**sizes)
+    getattr(transformers, kind + "Model")(config).save_pretrained(folder)
+    write_pixels(folder, 32)
+
+
+def write_llm(kind: str, folder: Path, **more) -> Path:
+    """The folder of a tiny LLM of a family of transformers, with random weights of D_h = 32."""
+    import transformers
+    tokenizer = make_tokenizer()
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                 num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    sizes |= {"Gemma2": dict(head_dim=8), "Gemma3Text": dict(head_dim=8), "Qwen3": dict(head_dim=8),
+              "FalconH1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+              "GPTNeoX": dict(num_key_value_heads=4)}.get(kind, {})
+    torch.manual_seed(1)
+    config = getattr(transformers, kind + "Config")(**sizes, initializer_range=0.2, **more)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -188,17 +220,22 @@ def make_config(backbones, data_root, tmp_path):
 
 @pytest.fixture
 def make_model(make_config):
+    from model import load_model
+
     def make(*overrides: str):
         torch.manual_seed(0)
         return load_model(make_config(*overrides))
     return make
 
 
-def paper_model(*overrides: str, config=None, device: str = "meta") -> VDGen:
+def paper_model(*overrides: str, config=None, device: str = "meta"):
     """Sec. 4.1.2: the model of configs/iu_xray.yaml at its published sizes, with random weights.
 
     On the meta device it has none. The tokenizer is one of ours.
     """
+    from transformers import AutoModelForCausalLM, LlamaConfig, SwinConfig, SwinModel
+
+    from model import VDGen
     config = config or load_config(REPOSITORY / "configs/iu_xray.yaml", overrides)
     attention = "eager" if device == "meta" else "sdpa"
     with torch.device(device):
@@ -211,28 +248,11 @@ def paper_model(*overrides: str, config=None, device: str = "meta") -> VDGen:
         return VDGen(config, swin, llama, make_tokenizer()).train()
 
 
-def library_search(model, prompt: torch.Tensor, settings) -> torch.Tensor:
-    """The ids that transformers' `generate` writes behind a prompt (B, P, D_h).
-
-    They are padded as `beam_search` pads them.
-    """
-    options = GenerationConfig(
-        num_beams=settings.num_beams, repetition_penalty=settings.repetition_penalty,
-        length_penalty=settings.length_penalty, min_new_tokens=settings.min_new_tokens,
-        max_new_tokens=settings.max_new_tokens, do_sample=False,
-        bos_token_id=model.bos_id, eos_token_id=model.eos_id, pad_token_id=model.eos_id)
-    mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-    ids = model.causal_lm.generate(inputs_embeds=prompt, attention_mask=mask,
-                                   generation_config=options)
-    missing = settings.max_new_tokens - ids.shape[1]
-    return torch.nn.functional.pad(ids, (0, missing), value=model.eos_id)
-
-
 @pytest.fixture(autouse=True)
 def without_java(monkeypatch, request):
     """METEOR loads its tables for seconds: only the tests about it (marked `java`) run it."""
     if "java" not in request.keywords:
-        monkeypatch.setattr("evaluate.shutil.which", lambda name: None)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
 def pytest_configure(config):
@@ -240,12 +260,3 @@ def pytest_configure(config):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
     config.addinivalue_line("markers", "java: runs the program of METEOR 1.5")
-
-
-@pytest.fixture(autouse=True)
-def same_signal_handlers():
-    """`train` takes SIGINT and SIGTERM; a test that ends it by an exception gives them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

@@ -1,4 +1,5 @@
-"""Seen and said: what h knows of the findings of a split, beside what the reports say of them.
+"""Seen and said: what h knows of the findings of a split, beside what the reports say of them; and
+which term of Eq. 8 moves the encoder.
 
     python tests/probe.py --checkpoint runs/iu_xray_small/best.pt [--split val] [--set ...]
     python tests/probe.py --config configs/iu_xray_small.yaml [--set ...]    # before any training
@@ -8,13 +9,14 @@ fitted on train: "F1 of h" names a finding as often as train does, "F1 at P > 1/
 likelier than not (a weaker penalty is surer of itself, and names more). What the reports say stands
 in `<split>_predictions.jsonl` beside the checkpoint.
 Between the two stands the LLM: is a sentence that names a finding likelier where the finding is?
-Behind the table: the report loss with the visual tokens of the study and with another study's; the
-DID loss, and the share of images whose own report is the nearest of 16 (did_top1).
+Behind the table, means over batches as in training: each term, the norm of its weighted gradient at
+X^e, the report loss with another study's visual tokens, and the share of images whose own report is
+the nearest of the batch (did_top1).
 """
 import argparse
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,38 +24,37 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from configs import load_config, parse_config  # noqa: E402
-from configs.findings import named_findings  # noqa: E402
-from data import (ReportDataset, Study, collate, end_in_one_line,  # noqa: E402
-                  epoch_batches, read_studies)
-from evaluate import (best_constant, precision_recall_f1, read_findings,  # noqa: E402
-                      read_rows, results_name, score_findings)
-from losses import did_loss, own_report_nearest  # noqa: E402
-from model import VDGen, embed_reports, load_model, read_checkpoint  # noqa: E402
-from train import teacher_embeddings  # noqa: E402
+from configs import load_config  # noqa: E402
+from configs.findings import findings_matrices, named_findings, read_findings  # noqa: E402
+from data import (ReportDataset, Study, end_in_one_line, epoch_batches, loader,  # noqa: E402
+                  read_studies)
+from evaluate import (best_constant, precision_recall_f1, read_predictions,  # noqa: E402
+                      results_name)
+from model import VDGen, embed_reports, load_checkpoint, load_model  # noqa: E402
+from train import make_teacher  # noqa: E402
 
 L2 = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of which cross-validation on train chooses
 FOLDS = 3
 FEW = 10  # studies: the AUC of fewer is mostly chance
 SENTENCES = 3  # of each finding, the commonest of train: what the LLM is asked for
-BATCH, SHUFFLES = 16, 20  # of DID: Sec. 4.1.2; every study is in as many batches, with other ones
 
 
 @torch.no_grad()
-def visual_batches(model: VDGen, studies: list[Study], desc: str) -> Iterator[tuple[dict, Tensor]]:
-    """Batches of `collate`, whose studies stand in an order of its own, and their X^e (B, S, D)."""
-    data, train = model.config.data, model.config.train
+def visual_batches(model: VDGen, studies: list[Study], desc: str,
+                   batches: list[list[int]] | None = None) -> Iterator[tuple[dict, Tensor]]:
+    """Batches of `collate` and their X^e (B, S, D): those given by numbers, else all studies."""
+    data, size = model.config.data, model.config.train.eval_batch_size
     dataset = ReportDataset(studies, data, model.image_size, model.tokenizer)
-    loader = DataLoader(dataset, train.eval_batch_size, collate_fn=collate,
-                        num_workers=data.num_workers)
-    for batch in tqdm(loader, desc=desc, unit="batch", leave=False):
+    batches = batches or [list(part) for part in torch.arange(len(studies)).split(size)]
+    for batch in tqdm(loader(dataset, batches, data.num_workers, model.device), desc=desc,
+                      unit="batch", leave=False):
         with model.autocast():
-            visual_tokens = model.encode(batch["images"].to(model.device), batch["view_counts"])
+            visual_tokens = model.encode(batch["images"], batch["view_counts"])
         yield batch, visual_tokens
 
 
@@ -64,6 +65,8 @@ def encode(model: VDGen, studies: list[Study]) -> Tensor:
         rows |= zip(batch["ids"], visual_tokens.mean(dim=1).cpu())
     return torch.stack([rows[study.id] for study in studies])
 
+
+# What the LLM makes of X^e ------------------------------------------------------------------------
 
 def common_sentences(reports: Iterable[str], spec: dict) -> dict[str | None, list[str]]:
     """For each finding the commonest sentences that name it and no other; None: those of none."""
@@ -80,62 +83,74 @@ def common_sentences(reports: Iterable[str], spec: dict) -> dict[str | None, lis
 def begin_with(model: VDGen, visual_tokens: Tensor, sentences: list[list[int]]) -> Tensor:
     """log p of each of K sentences of token ids at the start of the report: (B, K), in nats.
 
-    All of them stand in one row behind the prompt; a mask shows each the prompt and itself.
+    The prompt of a study passes the LLM once; its cache then serves the K sentences as a batch.
     """
-    llm, device = model.causal_lm, model.device
-    prompt = model.embed_prompt(visual_tokens)
-    lengths = torch.tensor([len(ids) for ids in sentences], device=device)
-    ids = torch.tensor([i for sentence in sentences for i in sentence], device=device)
-    owner = torch.arange(len(sentences), device=device).repeat_interleave(lengths)
-    place = torch.cat([torch.arange(n, device=device) for n in lengths.tolist()])
-    P, T = prompt.shape[1], prompt.shape[1] + len(ids)
-    sees = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    sees[P:, P:] &= owner[:, None] == owner
-    mask = torch.zeros(1, 1, T, T, dtype=llm.dtype, device=device).masked_fill(~sees, -torch.inf)
-    positions = torch.cat([torch.arange(P, device=device), P + place])[None]
-    before = P - 1 + torch.arange(len(ids), device=device)  # the token that predicts each
-    before[place == 0] = P - 1
-    rows = []
-    for row in prompt:  # the logits of one study are K sentences times the vocabulary
-        inputs = torch.cat([row, llm.get_input_embeddings()(ids)])[None]
-        hidden = llm.model(None, mask, positions, None, inputs).last_hidden_state[0, before]
-        logits = llm.get_output_embeddings()(hidden).float()
-        log_p = -F.cross_entropy(logits, ids, reduction="none")
-        rows.append(log_p.new_zeros(len(sentences)).index_add(0, owner, log_p))
+    llm, device, rows = model.causal_lm, model.device, []
+    ids = [torch.tensor(sentence, device=device) for sentence in sentences]
+    targets = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+    study = torch.zeros(len(ids), dtype=torch.long, device=device)
+    for prompt in model.embed_prompt(visual_tokens):
+        cache = DynamicCache(config=llm.config)
+        # By place: the cache's name differs between versions of transformers.
+        first = llm(None, None, None, cache, prompt[None], logits_to_keep=1).logits
+        cache.reorder_cache(study)  # K copies
+        rest = llm(targets.clamp(min=0), None, None, cache).logits[:, :-1]
+        logits = torch.cat([first.expand(len(ids), -1, -1), rest], dim=1).float()
+        rows.append(-F.cross_entropy(logits.mT, targets, reduction="none").sum(dim=1))
     return torch.stack(rows)
 
 
 @torch.no_grad()
-def ask_llm(model: VDGen, studies: list[Study],
-            sentences: dict[str | None, list[str]]) -> tuple[Tensor, float, float]:
-    """What the LLM makes of X^e, whatever a beam search then writes.
-
-    Args: sentences: of `common_sentences`, with L findings.
-    Returns:
-        (N, L) log of how much likelier a report begins by a sentence that names the finding than by
-            one that names none; nan where there is no such sentence.
-        the report loss (Eq. 2, A10) with each study's own visual tokens, and with those of another
-            study of its batch.
+def ask_llm(model: VDGen, studies: list[Study], sentences: dict[str | None, list[str]]) -> Tensor:
+    """(N, L) log of how much likelier a report begins by a sentence that names the finding than by
+    one that names none; nan where there is no such sentence. `sentences`: see `common_sentences`.
     """
     groups = [model.tokenizer(group, add_special_tokens=False).input_ids if group else []
               for group in sentences.values()]
-    rows, losses, count = {}, [0.0, 0.0], 0
+    rows, sizes = {}, [len(group) for group in groups]
     for batch, visual_tokens in visual_batches(model, studies, "ask the LLM"):
-        report_ids, lengths = batch["report_ids"].to(model.device), batch["report_lengths"]
-        others = visual_tokens.roll(len(visual_tokens) // 2, dims=0)
-        pair = (visual_tokens, others) if len(lengths) > 1 else ()  # alone it has no other study
         with model.autocast():
             said = begin_with(model, visual_tokens, sum(groups, [])).cpu()
-            for i, tokens in enumerate(pair):
-                loss = model.report_term(tokens, report_ids, lengths)
-                losses[i] += loss.item() * sum(lengths)
-        none, *named = (part.logsumexp(dim=1) for part in said.split([*map(len, groups)], dim=1))
+        none, *named = (part.logsumexp(dim=1) for part in said.split(sizes, dim=1))
         rows |= zip(batch["ids"], torch.stack(named, dim=1) - none[:, None])
-        count += sum(lengths) if pair else 0
     ratios = torch.stack([rows[study.id] for study in studies])
-    own, others = (loss / count if count else math.nan for loss in losses)
-    return ratios.masked_fill(ratios.isinf(), torch.nan), own, others
+    return ratios.masked_fill(ratios.isinf(), torch.nan)
 
+
+def terms_and_gradients(model: VDGen, studies: list[Study],
+                        train_reports: list[str], kept: Path | None) -> dict[str, float]:
+    """Eq. 8 on batches of train.batch_size (A22), in one order: means over the batches.
+
+    Args: kept: the run's teacher.pt (A5), if there is one.
+    Returns: each unweighted term, `did_top1`, `gradient of <term>`: the norm over the batch at X^e,
+        weighted as in Eq. 8, and `report of others`: with another study's visual tokens.
+    """
+    numbers, weights, y = defaultdict(list), model.config.loss, None
+    if model.did_head is not None:
+        teacher = make_teacher(model, train_reports, kept)
+        embeddings = embed_reports(model, [study.report for study in studies])
+    batches = epoch_batches(len(studies), model.config.train.batch_size, seed=0, epoch=0)
+    for batch, visual_tokens in visual_batches(model, studies, "terms", batches):
+        report = batch["report_ids"].to(model.device), batch["report_lengths"]
+        if model.did_head is not None:
+            y = torch.stack([embeddings[text] for text in batch["reports"]])
+            y = teacher.standardise(y).to(model.device)
+        visual_tokens.requires_grad_()
+        with model.autocast():
+            terms, did_top1 = model.losses(visual_tokens, *report, y)
+            others = model.report_term(visual_tokens.detach().roll(1, dims=0), *report)
+        for name, term in terms.items():
+            weighted = getattr(weights, f"{name}_weight") * term
+            gradient, = torch.autograd.grad(weighted, visual_tokens, retain_graph=True)
+            numbers[f"gradient of {name}"].append(gradient.norm().item())
+        found = terms | {"report of others": others}
+        found |= {"did_top1": did_top1} if did_top1 is not None else {}
+        for name, value in found.items():
+            numbers[name].append(value.item())
+    return {name: float(np.mean(values)) for name, values in numbers.items()}
+
+
+# What a regression makes of h ---------------------------------------------------------------------
 
 def fit(h: Tensor, true: Tensor, l2: float) -> tuple[Tensor, Tensor]:
     """Logistic regression of L findings at once: weights (D, L) and biases (L,).
@@ -179,12 +194,11 @@ def choose_l2(h: Tensor, true: Tensor) -> float:
     folds = torch.randperm(len(h), generator=torch.Generator().manual_seed(0)) % FOLDS
 
     def held_out(l2: float) -> float:
-        scores = torch.zeros_like(true)
+        values = []
         for fold in range(FOLDS):
-            inside = folds != fold
-            scores[~inside] = predict(h[inside], true[inside], h[~inside], l2)
-        values = [auc(scores[folds == fold, i], true[folds == fold, i])
-                  for fold in range(FOLDS) for i in range(true.shape[1])]
+            inside, held = folds != fold, true[folds == fold]
+            scores = predict(h[inside], true[inside], h[~inside], l2)
+            values += [auc(scores[:, i], held[:, i]) for i in range(true.shape[1])]
         return float(np.nanmean(values))
     return max(tqdm(L2, desc="l2", leave=False), key=held_out)
 
@@ -195,105 +209,64 @@ def most_likely(scores: Tensor, share: Tensor) -> Tensor:
     return order < (share * len(scores)).round()
 
 
-def did_in_batches(image_embed: Tensor, text_embed: Tensor,
-                   temperature: float) -> tuple[float, float]:
-    """The DID loss and did_top1 of raw embeddings (N, D), means over the batches of all shuffles.
+# The table ----------------------------------------------------------------------------------------
 
-    By chance they are log BATCH and 1 / BATCH. The batches depend on N only.
+def seen_and_said(model: VDGen, train: list[Study], studies: list[Study], spec: dict,
+                  texts: dict[str, str] | None) -> tuple[dict[str, list[float]], np.ndarray]:
+    """The columns of the table, a number for each of L findings, and (L,) studies that have it.
+
+    `texts`: {id: report} of the run, if an evaluation has left them.
     """
-    losses, nearest = [], []
-    for shuffle in range(SHUFFLES):
-        for batch in epoch_batches(len(image_embed), BATCH, 0, shuffle):
-            losses.append(did_loss(image_embed[batch], text_embed[batch], temperature))
-            nearest.append(own_report_nearest(image_embed[batch], text_embed[batch]))
-    return torch.stack(losses).mean().item(), torch.cat(nearest).float().mean().item()
+    reports, names = [study.report for study in train], [study.id for study in studies]
+    constant = dict.fromkeys(names, best_constant(reports))
+    _, true = findings_matrices(constant, spec)
+    _, train_true = findings_matrices(dict.fromkeys((study.id for study in train), ""), spec)
+    train_h, h, share = encode(model, train), encode(model, studies), train_true.mean(axis=0)
+    targets = torch.from_numpy(train_true).float()
+    l2 = choose_l2(train_h, targets)
+    scores = predict(train_h, targets, h, l2)
+    llm = ask_llm(model, studies, common_sentences(reports, spec))
+    print(f"{len(train)} studies for the regression, l2 {l2}")
+
+    def aucs(values: Tensor) -> list[float]:
+        return [auc(*columns) for columns in zip(values.T, torch.from_numpy(true).T)]
+
+    def f1(named: np.ndarray) -> list[float]:
+        counts = [each.sum(axis=0) for each in (named & true, named, true)]
+        return precision_recall_f1(*counts)[2].tolist()
+    columns = {"AUC of h": aucs(scores), "AUC of LLM": aucs(llm),
+               "F1 of h": f1(most_likely(scores, torch.from_numpy(share)).numpy()),
+               "F1 at P > 1/2": f1((scores > 0).numpy())}
+    if texts:
+        texts = {name: texts[name] for name in names}
+        columns["F1 of text"] = f1(findings_matrices(texts, spec)[0])
+    columns["of constant"] = f1(findings_matrices(constant, spec)[0])
+    columns["of chance"] = share.tolist()  # named at random, as often as in train
+    return columns, true.sum(axis=0)
 
 
-@torch.no_grad()
-def embed_texts(model: VDGen, train: list[Study], studies: list[Study], kept: Path) -> Tensor:
-    """Eq. 5 for the reports of `studies`, (N, D): y standardised over train (A5), then W2."""
-    teacher = teacher_embeddings(model, [study.report for study in train], kept, keep=False)
-    embeddings = embed_reports(model, [study.report for study in studies])
-    y = teacher.standardise(torch.stack([embeddings[study.report] for study in studies]))
-    return model.did_head(y.to(model.device)).cpu()
-
-
-def matrix(studies: list[Study], spec: dict) -> Tensor:
-    """(N, L) float32: 1 where a study has a finding."""
-    present = [{row["finding"] for row in spec["studies"][study.id]} for study in studies]
-    return torch.tensor([[float(name in row) for name in spec["phrases"]] for row in present])
-
-
-def read_predictions(checkpoint: Path | None, split: str, names: set[str]) -> dict | None:
-    """{id: report} that an evaluation has left beside the checkpoint, of just these studies."""
-    path = checkpoint and checkpoint.with_name(
-        f"{results_name(checkpoint, split)}_predictions.jsonl")
-    if not path or not path.is_file():
-        return None
-    reports = {row["id"]: row["prediction"] for row in read_rows(path)}
-    if reports.keys() != names:
-        raise ValueError(f"{path}: it is of {len(reports)} studies, not of the {len(names)} of "
-                         f"{split}; evaluate them, or leave data.limit and data.root as they were")
-    return reports
-
-
-def print_table(columns: dict[str, dict[str, float]], counts: dict[str, int]) -> None:
+def print_table(names: Iterable[str], columns: dict[str, list[float]], counts: np.ndarray) -> None:
     """A line a finding, then the means over all findings, and over those that chance moves less."""
-    def line(title: str, studies: str, values) -> None:
-        print(f"{title:<30}{studies:>8}" + "".join(
-            f"{value:>14}" if isinstance(value, str) else f"{value:>14.3f}" for value in values))
-
-    def mean(column: dict[str, float], least: int) -> float:
-        values = [column[name] for name, count in counts.items() if count >= least]
-        return float(np.nanmean(values)) if values else np.nan
-    line("", "studies", columns)
-    for finding, count in counts.items():
-        line(finding, str(count), [column[finding] for column in columns.values()])
-    for least in (0, FEW):
-        line("macro" + (f", {FEW} studies or more" if least else ""), "",
-             [mean(column, least) for column in columns.values()])
+    def line(title: str, cells: Iterable) -> None:
+        print(f"{title:<30}" + "".join(f"{cell:>14}" for cell in cells))
+    line("", ["studies", *columns])
+    values = np.array(list(columns.values()))
+    for name, count, row in zip(names, counts, values.T):
+        line(name, [count, *(f"{value:.3f}" for value in row)])
+    for title, few in (("macro", 0), (f"macro, {FEW} studies or more", FEW)):
+        line(title, ["", *(f"{np.nanmean(row):.3f}" for row in values[:, counts >= few])])
 
 
-def compare(model: VDGen, splits: dict[str, list[Study]], split: str,
-            checkpoint: Path | None) -> None:
-    """Encode, fit and print."""
-    config, train, studies = model.config, splits["train"], splits[split]
-    if not studies:
-        raise ValueError(f"--split {split}: the annotation has no such studies")
-    texts_of_run = read_predictions(checkpoint, split, {study.id for study in studies})
-    spec = read_findings(config, [study.id for study in (*train, *studies)])
-    if spec is None:
-        raise ValueError(f"data.root: there is no findings.json in {config.data.root}; "
-                         "`python data.py iu_xray` adds it")
-    names, train_h, h = list(spec["phrases"]), encode(model, train), encode(model, studies)
-    train_true, true = matrix(train, spec), matrix(studies, spec)
-    l2, share = choose_l2(train_h, train_true), train_true.mean(dim=0)
-    scores = predict(train_h, train_true, h, l2)
-
-    def f1(named: Tensor) -> dict[str, float]:
-        each = precision_recall_f1(named.numpy(), true.bool().numpy(), names)["each"]
-        return {name: row["f1"] for name, row in each.items()}
-    reports = [study.report for study in train]
-    llm, own, others = ask_llm(model, studies, common_sentences(reports, spec))
-    columns = {"AUC of h": {name: auc(scores[:, i], true[:, i]) for i, name in enumerate(names)},
-               "AUC of LLM": {name: auc(llm[:, i], true[:, i]) for i, name in enumerate(names)},
-               "F1 of h": f1(most_likely(scores, share)), "F1 at P > 1/2": f1(scores > 0)}
-    constant = best_constant(reports)
-    for title, texts in (("F1 of text", texts_of_run),
-                         ("of constant", {study.id: constant for study in studies})):
-        if texts:
-            said = score_findings(texts, spec)["each"]
-            columns[title] = {name: row["f1"] for name, row in said.items()}
-    columns["of chance"] = dict(zip(names, share.tolist()))  # named at random, as often as in train
-    print(f"{checkpoint or config.model.vision}, {split}: {len(studies)} studies, regression on "
-          f"{len(train)}, l2 {l2}")
-    print_table(columns, dict(zip(names, true.sum(dim=0).int().tolist())))
-    print(f"report loss: {own:.3f} nats a token, with another study's visual tokens {others:.3f}")
-    if checkpoint and model.did_head is not None and len(studies) >= BATCH:
-        text_embed = embed_texts(model, train, studies, checkpoint.with_name("teacher.pt"))
-        loss, nearest = did_in_batches(h, text_embed, config.loss.did_temperature)
-        print(f"DID in batches of {BATCH}: {loss:.3f} (chance {math.log(BATCH):.3f}), did_top1 "
-              f"{nearest:.3f} (chance {1 / BATCH:.3f})")
+def print_terms(found: dict[str, float], B: int) -> None:
+    print(f"means over batches of {B}; gradient: its norm at X^e, of the weighted term")
+    beside = {"report": f"with another study's visual tokens {found['report of others']:.3f}",
+              "vse": f"equal images {math.log(B - 1):.3f}",
+              "did": f"chance {math.log(B):.3f}; did_top1 {found.get('did_top1', 0):.3f}, "
+                     f"chance {1 / B:.3f}"}
+    for name, text in beside.items():
+        if name in found:
+            gradient = found[f"gradient of {name}"]
+            print(f"{name:<8}{found[name]:.3f}  gradient {gradient:.2e}  ({text})")
 
 
 def main() -> None:
@@ -307,15 +280,30 @@ def main() -> None:
                         help="override the config")
     args = parser.parse_args()
     if args.checkpoint:
-        checkpoint = read_checkpoint(args.checkpoint)
-        config = parse_config(checkpoint["config"], args.set, str(args.checkpoint))
+        model = load_checkpoint(args.checkpoint, args.set)
     else:
-        config = load_config(args.config, args.set)
-    splits = read_studies(config.data)
-    model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model = load_model(load_config(args.config, args.set)).eval()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    data, B = model.config.data, model.config.train.batch_size
+    splits = read_studies(data)
+    train, studies = splits["train"], splits[args.split]
+    if not train or len(studies) < B:
+        raise ValueError(f"{data.root}: {len(train)} studies of train, {len(studies)} of "
+                         f"{args.split}; expected some, and a batch of {B}")
+    texts, kept = None, args.checkpoint and args.checkpoint.with_name("teacher.pt")
     if args.checkpoint:
-        model.load_trained_state(checkpoint["model"])
-    compare(model, splits, args.split, args.checkpoint)
+        name = results_name(args.checkpoint, args.split)
+        path = args.checkpoint.with_name(f"{name}_predictions.jsonl")
+        if path.is_file():
+            texts = {row["id"]: row["prediction"] for row in read_predictions(path)}
+    print(f"{args.checkpoint or args.config}, {args.split}: {len(studies)} studies")
+    spec = read_findings(data, [study.id for study in (*train, *studies)])
+    if spec:
+        print_table(spec["phrases"], *seen_and_said(model, train, studies, spec, texts))
+    else:
+        print(f"no findings.json in {data.root}: no table")
+    reports = [study.report for study in train]
+    print_terms(terms_and_gradients(model, studies, reports, kept), B)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """The textbook step of the benchmark computes what ours computes; only how differs."""
-import subprocess
 import sys
 from dataclasses import replace
 
+import benchmark
 import pytest
 import torch
-from benchmark import flop_counts, textbook_terms
-from conftest import REPOSITORY
-from test_model import make_batch
-from torch.utils.flop_counter import FlopCounterMode
+import yaml
+from benchmark import textbook_terms
 
 from data import ReportDataset, collate, read_studies
 from model import embed_reports
@@ -35,10 +33,7 @@ def gradients(model, loss):
 
 
 def test_textbook_step_equals_ours(make_model):
-    """Terms and gradient, in float32, without dropout.
-
-    The reports are of several lengths, one of them cut.
-    """
+    """Terms and gradient, in float32, without dropout; reports of several lengths, one cut."""
     model = make_model("model.lora.dropout=0").eval()
     ours, theirs, lengths = both_terms(model, limit=12)
     assert len(set(lengths)) > 1 and max(lengths) == 12
@@ -56,28 +51,16 @@ def test_textbook_teacher_equals_ours(make_model):
     assert theirs["did"].item() == pytest.approx(ours["did"].item(), abs=1e-5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run for minutes")
-def test_gpu_benchmark_without_a_gpu_is_one_line():
-    done = subprocess.run([sys.executable, "tests/benchmark.py", "--only", "gpu"], cwd=REPOSITORY,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "error: --only gpu: torch sees no CUDA device here\n"
-
-
-def test_flop_counts_are_those_of_a_step(make_model):
-    """Reports of 51 tokens, so that rows are as long as those counted.
-
-    What has B rows is left out of the count.
-    """
-    model = make_model("loss.vse_weight=0", "loss.did_weight=0").eval()
-    batch = make_batch(model)
-    batch |= dict(report_ids=torch.randint(4, 20, (4, 51)), report_lengths=[51] * 4)
-    counts = flop_counts(model)
-    with FlopCounterMode(display=False) as counter:
-        model(**batch)[0]["report"].backward()
-    tokens = sum(batch["report_lengths"])
-    assert counts["prompt"] == model.embed_prompt(torch.zeros(1, 16, 32)).shape[1]
-    passing = 4 * (counts["prompt"] - 1) + tokens
-    predicted = counts["image"] * 7 + counts["token"] * passing + counts["report_token"] * tokens
-    assert predicted == pytest.approx(counter.get_total_flops(), rel=0.01)
-    assert {p.device.type for p in model.parameters()} == {"cpu"} and not model.training
+def test_benchmark_prints_each_part(make_config, tmp_path, monkeypatch, capsys):
+    """Of a tiny model; the memory's processes are left out."""
+    monkeypatch.delitem(benchmark.PARTS, "memory")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(make_config().to_dict()))
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--batch", "4", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line.split(":")[0] for line in lines if "TFLOP" not in line]
+    assert titles == ["training, textbook", "training, ours", "training, textbook, LLM part",
+                      "training, ours, LLM part",
+                      "decoding 4 studies, 2 beams, 1 to 6 tokens, growing cache",
+                      "input, textbook", "input, ours"]

@@ -3,7 +3,6 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,9 @@ import probe
 import pytest
 import torch
 
-from data import IU_XRAY_FINDINGS, named_findings, read_image, read_studies
+from configs.iu_xray import write_findings
+from data import read_image, read_studies
+from model import embed_reports
 from train import train
 
 
@@ -72,25 +73,40 @@ def test_sentences_side_by_side_are_as_likely_as_each_alone(make_model):
 
 def test_ask_llm_reads_the_visual_tokens(make_model):
     """An LLM that was taught two studies begins each by its own report, not by the other's."""
-    model = make_model().train()
+    model = make_model("model.lora.dropout=0").eval()
     studies = read_studies(model.config.data)["train"][:2]
     sentences = {None: [studies[0].report], "finding": [studies[1].report], "none": []}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    for _ in range(100):
-        for batch, tokens in probe.visual_batches(model, studies, ""):
-            with torch.enable_grad():
-                model.report_term(tokens, batch["report_ids"], batch["report_lengths"]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    ratios, own, others = probe.ask_llm(model.eval(), studies, sentences)
-    assert ratios[0, 0] < 0 < ratios[1, 0] and own < others
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-2)
+    (batch, tokens), = probe.visual_batches(model, studies, "")
+    for _ in range(40):
+        model.report_term(tokens, batch["report_ids"], batch["report_lengths"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ratios = probe.ask_llm(model, studies, sentences)
+    assert ratios[0, 0] < 0 < ratios[1, 0]
     assert ratios[:, 1].isnan().all()
-    with torch.no_grad():
-        terms = [model.report_term(tokens, batch["report_ids"], batch["report_lengths"])
-                 for batch, tokens in probe.visual_batches(model, studies, "")]
-    assert own == pytest.approx(float(terms[0]), abs=1e-3)
-    alone = [*studies, read_studies(model.config.data)["train"][2]]  # a batch of two, one of one
-    assert probe.ask_llm(model, alone, sentences)[1:] == (own, others)
+    found = probe.terms_and_gradients(model, studies * 2, [study.report for study in studies], None)
+    assert found["report"] < found["report of others"]
+
+
+def test_gradients_are_those_of_the_weighted_terms(make_model):
+    """Of a batch of all val studies, with y standardised over train (A5)."""
+    model = make_model("loss.vse_weight=0.5", "loss.did_weight=2").eval()
+    splits = read_studies(model.config.data)
+    reports, val = [study.report for study in splits["train"]], [*splits["val"]]
+    found = probe.terms_and_gradients(model, val, reports, None)
+    embeddings = embed_reports(model, reports + [study.report for study in val])
+    of_train = torch.stack([embeddings[text] for text in reports])
+    (batch, tokens), = probe.visual_batches(model, val, "", [[0, 1, 2]])
+    y = torch.stack([embeddings[text] for text in batch["reports"]])
+    y = (y - of_train.mean(dim=0)) / of_train.std(dim=0, correction=0)
+    for name, weight in (("report", 1), ("vse", 0.5), ("did", 2)):
+        leaf = tokens.clone().requires_grad_()
+        terms, did_top1 = model.losses(leaf, batch["report_ids"], batch["report_lengths"], y)
+        (weight * terms[name]).backward()
+        assert found[name] == pytest.approx(terms[name].item(), abs=1e-4)
+        assert found[f"gradient of {name}"] == pytest.approx(leaf.grad.norm().item(), rel=1e-3)
+    assert found["did_top1"] == pytest.approx(did_top1.item())
 
 
 def test_fit_is_at_the_minimum_of_the_penalised_cross_entropy():
@@ -124,76 +140,38 @@ def test_most_likely_names_a_share_of_the_studies():
     assert named.tolist() == [[False, True], [True, False], [False, False], [True, False]]
 
 
-def test_did_in_batches_in_closed_form():
-    """Equal embeddings: log 16. Orthonormal pairs: log(1 + 15 exp(-1/t)), each nearest its own."""
-    one = torch.ones(40, 64)
-    assert probe.did_in_batches(one, one, 0.5)[0] == pytest.approx(math.log(16), abs=1e-5)
-    pairs = torch.eye(40, 64)
-    loss, nearest = probe.did_in_batches(3 * pairs, pairs, 0.5)
-    assert loss == pytest.approx(math.log(1 + 15 * math.exp(-2)), abs=1e-5) and nearest == 1
-    assert probe.did_in_batches(pairs, -pairs, 0.5)[1] == 0
-
-
 def test_print_table_means(capsys):
-    columns = {"a": {"x": 0.5, "y": math.nan, "z": 1.0}, "b": {"x": 0.1, "y": 0.2, "z": 0.6}}
-    probe.print_table(columns, {"x": 9, "y": 12, "z": 10})
+    columns = {"a": [0.5, math.nan, 1.0], "b": [0.1, 0.2, 0.6]}
+    probe.print_table(["x", "y", "z"], columns, np.array([9, 12, 10]))
     *_, macro, many = capsys.readouterr().out.splitlines()
     assert macro.split() == ["macro", "0.750", "0.300"]
     assert many.split()[-2:] == ["1.000", "0.400"]
 
 
-def test_texts_are_standardised_over_train(make_model, tmp_path):
-    """y has mean 0 over train, so W2 y + b2 has mean b2; and an own deviation of 1 before W2."""
-    model = make_model().eval()
-    with torch.no_grad():
-        model.did_head.weight.copy_(torch.eye(*model.did_head.weight.shape))
-    train_studies = read_studies(model.config.data)["train"]
-    embed = probe.embed_texts(model, train_studies, train_studies, tmp_path / "teacher.pt")
-    assert torch.allclose(embed.mean(dim=0), model.did_head.bias, atol=1e-5)
-    assert torch.allclose(embed.std(dim=0, correction=0)[:8], torch.ones(8), atol=1e-4)
-
-
 def test_the_probe_of_a_run(make_config, data_root, tmp_path, monkeypatch, capsys):
-    """All of it on a tiny run: every finding, its studies, both means, and DID."""
+    """All of it on a tiny run: every finding, its studies, both means, and the terms."""
     root = shutil.copytree(data_root, tmp_path / "data")
     config = make_config(f"data.root={root}")
-    spec = json.loads(IU_XRAY_FINDINGS.read_text())
-    spec["studies"] = {study.id: [{"finding": name, "side": None, "extent": None}
-                                  for name in named_findings(study.report, spec)]
-                       for studies in read_studies(config.data).values() for study in studies}
-    (root / "findings.json").write_text(json.dumps(spec))
-    train(replace(config, train=replace(config.train, output=str(tmp_path / "run"))))
-    before = (tmp_path / "run/teacher.pt").read_bytes()
-    monkeypatch.setattr(probe, "BATCH", 3)
-    arguments = ["probe.py", "--checkpoint", str(tmp_path / "run/best.pt"), "--split", "test"]
-    monkeypatch.setattr(sys, "argv", arguments)
+    splits = read_studies(config.data)
+    write_findings(root, splits)
+    spec = json.loads((root / "findings.json").read_text())
+    held = [{row["finding"] for row in spec["studies"][study.id]} for study in splits["test"]]
+    right = torch.tensor([[float(name in row) - 0.5 for name in spec["phrases"]] for row in held])
+    train(config)
+    monkeypatch.setattr(probe, "choose_l2", lambda h, true: 1.0)
+    monkeypatch.setattr(probe, "predict", lambda *_: right)
+    monkeypatch.setattr(sys, "argv", [
+        "probe.py", "--checkpoint", str(tmp_path / "run/best.pt"), "--split", "test"])
     capsys.readouterr()
     probe.main()
-    header, titles, *rows, macro, _, llm, did = capsys.readouterr().out.splitlines()
-    assert "test: 5 studies, regression on 12" in header and titles.endswith("of chance")
+    _, _, titles, *rows, macro, many, _, report, vse, did = capsys.readouterr().out.splitlines()
+    assert "F1 of text" in titles and titles.endswith("of chance")
     assert [row[:30].strip() for row in rows] == list(spec["phrases"])
-    counts = {row[:30].strip(): int(row[30:38]) for row in rows}
-    assert counts["cardiomegaly"] == 1 and counts["pneumothorax"] == 0
-    assert len(macro.split()) == 8 and "(chance 1.099), did_top1" in did
-    assert "with another study's visual tokens" in llm
-    assert (tmp_path / "run/teacher.pt").read_bytes() == before
-    monkeypatch.setattr(sys, "argv", [*arguments, "--set", "data.limit=4"])
-    with pytest.raises(ValueError, match="it is of 5 studies, not of the 4 of test"):
-        probe.main()
-    (tmp_path / "run/test_predictions.jsonl").rename(tmp_path / "run/old.jsonl")
-    probe.main()
-    assert "F1 of text" not in capsys.readouterr().out
-    assert (tmp_path / "run/teacher.pt").read_bytes() == before  # of more studies: not replaced
-    (tmp_path / "run/old.jsonl").rename(tmp_path / "run/test_predictions.jsonl")
-    monkeypatch.setattr(sys, "argv", arguments)
-
-    true = probe.matrix(read_studies(config.data)["test"], spec)  # a regression that is right
-    monkeypatch.setattr(probe, "choose_l2", lambda h, true: 1.0)
-    monkeypatch.setattr(probe, "predict", lambda *_: true - 0.5)
-    probe.main()
-    row = next(line for line in capsys.readouterr().out.splitlines() if "cardiomegaly" in line)
-    assert row.split()[2] == row.split()[5] == "1.000"  # AUC, F1 at P > 1/2
-
+    cells = {row[:30].strip(): row[30:].split() for row in rows}
+    assert cells["pneumothorax"][0] == "0"  # studies; then AUC of h and LLM, F1 at P > 1/2
+    assert [cells["cardiomegaly"][i] for i in (0, 1, 4)] == ["1", "1.000", "1.000"]
+    assert len(macro.split()) == 8 and many.startswith("macro, 10 studies or more")
+    assert "another study" in report and "chance 1.099; did_top1" in did and "gradient" in vse
     (root / "findings.json").unlink()
-    with pytest.raises(ValueError, match="no findings.json in .*data.py iu_xray. adds it"):
-        probe.main()
+    probe.main()
+    assert "no findings.json" in capsys.readouterr().out
