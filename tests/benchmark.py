@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import PROMPT, load_config  # noqa: E402
 from conftest import REPORTS, REPOSITORY, paper_model  # noqa: E402
-from data import ReportDataset, collate, read_image, read_studies  # noqa: E402
+from data import (ReportDataset, collate, end_in_one_line, read_image,  # noqa: E402
+                  read_studies)
 from losses import did_loss, vse_loss  # noqa: E402
 from model import VDGen, embed_reports, load_model  # noqa: E402
 
@@ -292,7 +293,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS)
     options = parser.parse_args()
     if options.paper and DEVICE.type == "cpu":
-        raise SystemExit("error: --paper: torch sees no CUDA device here")
+        raise ValueError("--paper: torch sees no CUDA device here")
     if options.paper:  # no report ends before its last token; no image is read
         options.set.append("generate.min_new_tokens=100")
         del PARTS["input"]
@@ -304,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_in_one_line(main)

@@ -74,7 +74,7 @@ def fork(config: Config, output: Path, hurt: Callable[[], None] | None = None) -
     try:
         signal.alarm(SECONDS)
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        sys.stdout, sys.stderr = open(file, "w", buffering=1), open(file, "w", buffering=1)
+        sys.stdout, sys.stderr = (open(file, "w", buffering=1, closefd=False) for _ in range(2))
         torch.set_num_threads(1)
         if hurt:
             hurt()
