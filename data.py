@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import configs
-from configs.archives import (SPLITS, image_problem, leaves, open_image, process_pool,
-                              require_none)
+from configs import InputError
+from configs.files import (SPLITS, image_problem, leaves, open_image, out_of_memory, process_pool,
+                           require_none)
 from configs.demo import build_demo
 from configs.iu_xray import build_iu_xray, write_findings
 from configs.mimic_cxr import annotate, build_mimic_cxr
@@ -110,7 +111,7 @@ def read_studies(data: configs.Data,
                  problems: list[str] | None = None) -> dict[str, Sequence[Study]]:
     """The studies of each split in `data.root`/annotation.json (R2Gen's format), reports cleaned.
 
-    Raises FileNotFoundError if there is none, and ValueError as `parse_studies` does.
+    Raises FileNotFoundError if there is none, and InputError as `parse_studies` does.
     """
     path = Path(data.root) / "annotation.json"
     if not path.is_file():
@@ -124,7 +125,7 @@ def parse_studies(tree: dict, path: Path, dataset: str, limit: int | None = None
                   problems: list[str] | None = None) -> dict[str, Sequence[Study]]:
     """The studies of each split of an annotation; one that it lacks is empty.
 
-    Raises ValueError for a broken study, and for a patient in two splits; with a list of `problems`
+    Raises InputError for a broken study, and for a patient in two splits; with a list of `problems`
     it appends these there instead.
     """
     seen, patients, splits = set(), {}, {split: Packed() for split in SPLITS}
@@ -135,7 +136,7 @@ def parse_studies(tree: dict, path: Path, dataset: str, limit: int | None = None
                 study = _study(entry, place, dataset, seen, tree.get("sections"))
                 studies.append(study)
                 if study.patient and patients.setdefault(study.patient, split) != split:
-                    raise ValueError(f"{place}: patient {study.patient} is in "
+                    raise InputError(f"{place}: patient {study.patient} is in "
                                      f"{patients[study.patient]}, too; expected in one split only")
             except ValueError as error:
                 if problems is None:
@@ -149,11 +150,11 @@ def read_annotation(path: Path) -> dict:
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise InputError(f"{path}: not valid JSON: {error}") from None
     known = isinstance(tree, dict) and not set(tree) - {*SPLITS, "sections"}
     splits = [tree[split] for split in SPLITS if split in tree] if known else []
     if not any(splits) or not all(isinstance(studies, list) for studies in splits):
-        raise ValueError(f"{path}: expected {{'train': [...], 'val': [...], 'test': [...]}}, lists "
+        raise InputError(f"{path}: expected {{'train': [...], 'val': [...], 'test': [...]}}, lists "
                          f"of studies; a split may be missing")
     return tree
 
@@ -162,20 +163,20 @@ def _study(entry, place: str, dataset: str, seen: set, sections: str | None) -> 
     """The Study of one entry of the annotation, which is checked; its id joins `seen`."""
     expected = "expected a study with id, report and image_path"
     if not isinstance(entry, dict):
-        raise ValueError(f"{place}: got {entry!r:.100}, {expected}")
+        raise InputError(f"{place}: got {entry!r:.100}, {expected}")
     name, report, paths = (entry.get(key) for key in ("id", "report", "image_path"))
     if not isinstance(name, (str, int)) or name == "":
-        raise ValueError(f"{place}: its id is {name!r:.100}; {expected}")
+        raise InputError(f"{place}: its id is {name!r:.100}; {expected}")
     name = str(name)
     place = f"{place}: study {name!r:.100}"
     if name in seen:
-        raise ValueError(f"{place} stands twice; ids must be unique in all splits")
+        raise InputError(f"{place} stands twice; ids must be unique in all splits")
     seen.add(name)
     if not isinstance(report, str) or not report.strip():
-        raise ValueError(f"{place} has no report: got {report!r:.100}, expected a text")
+        raise InputError(f"{place} has no report: got {report!r:.100}, expected a text")
     if not isinstance(paths, list) or not paths or \
             not all(isinstance(path, str) and path and not leaves(path) for path in paths):
-        raise ValueError(f"{place}: image_path: got {paths!r:.100}, expected a list of one path or "
+        raise InputError(f"{place}: image_path: got {paths!r:.100}, expected a list of one path or "
                          f"more, relative to the images folder")
     patient = entry.get("subject_id")
     if dataset == "iu_xray" and (number := re.match(r"CXR\d+", name)):
@@ -309,7 +310,7 @@ def build_demo_if_missing(data: configs.Data) -> None:
     if data.dataset != "demo" or (root / "annotation.json").is_file():
         return
     if in_the_way:
-        raise ValueError(f"data.root: {root} exists and holds no annotation.json; remove it, or "
+        raise InputError(f"data.root: {root} exists and holds no annotation.json; remove it, or "
                          f"name another folder")
     print(f"{root}: not there yet; drawing the demo", flush=True)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -320,23 +321,27 @@ def build_demo_if_missing(data: configs.Data) -> None:
 
 
 def end_in_one_line(main: Callable[[], None]) -> None:
-    """Run a command. An expected fault, a worker's too, ends it in one clear line and status 1."""
+    """Run a command. An expected fault, a worker's too, ends it in one clear line and status 1.
+
+    Expected are InputError, OSError, a lack of memory and a dead worker of the loader. Any other
+    exception is a fault of the code, perhaps of a reader's edit: it keeps its traceback.
+    """
     try:
         main()
     except KeyboardInterrupt as stop:
         if str(stop):
             print(stop, file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         text = str(error).strip() or type(error).__name__
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        if out_of_memory(error):
             text = (f"out of memory ({text.splitlines()[0]}); in training set train.recompute, or "
                     f"lower train.batch_size (VSE and DID depend on it); where reports are "
                     f"written, lower train.eval_batch_size")
+        elif not isinstance(error, (InputError, OSError)) and "DataLoader worker (" not in text:
+            raise  # a fault of the code
         elif "Original Traceback" in text:  # of a worker: its own message is the last line
             text = text.splitlines()[-1].partition(": ")[2]
-        elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
-            raise
         sys.exit(f"error: {text}")
 
 
@@ -362,10 +367,10 @@ def parse_arguments() -> argparse.Namespace:
     checker.add_argument("--set", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE")
     args = parser.parse_args()
     if args.command == "mimic_cxr" and args.annotation and args.sections:
-        raise ValueError("--sections: of no use with --annotation, which holds the reports")
+        raise InputError("--sections: of no use with --annotation, which holds the reports")
     for key in getattr(args, "set", ()):
         if not key.startswith("data."):
-            raise ValueError(f"--set {key}: of no use with check; that takes --set data")
+            raise InputError(f"--set {key}: of no use with check; that takes --set data")
     return args
 
 
@@ -377,7 +382,7 @@ def main() -> None:
     if (args.out / "annotation.json").is_file():
         print(f"{args.out}: there already")
     elif args.out.exists():
-        raise ValueError(f"--out {args.out}: exists and holds no annotation.json; remove it, or "
+        raise InputError(f"--out {args.out}: exists and holds no annotation.json; remove it, or "
                          f"name another folder")
     elif args.command == "demo":
         build_demo_if_missing(configs.Data(root=str(args.out), dataset="demo"))
@@ -386,7 +391,7 @@ def main() -> None:
     else:
         if args.annotation:
             tree = read_annotation(args.annotation)
-            parse_studies(tree, args.annotation, "mimic_cxr")  # ValueError if it is broken
+            parse_studies(tree, args.annotation, "mimic_cxr")  # InputError if it is broken
         else:
             tree = annotate(args.jpg, args.reports, args.sections or "findings")
         build_mimic_cxr(args.out, args.jpg, tree, args.skip_missing)

@@ -29,13 +29,14 @@ import torch
 from nltk.util import ngrams
 from tqdm import tqdm
 
-from configs import Config, load_config
-from configs.archives import SPLITS, image_problem
+from configs import Config, InputError, load_config
+from configs.chexbert import CONDITIONS, chexbert_labeller
+from configs.files import SPLITS, image_problem, write_whole
 from configs.findings import findings_details, findings_matrices, read_findings
-from configs.report import draw_page, principal_plane, write_whole
+from configs.report import draw_page, principal_plane
 from data import (CLEANING, ReportDataset, Study, build_demo_if_missing, digest, end_in_one_line,
                   loader, read_image, read_studies)
-from model import CONDITIONS, VDGen, chexbert_labeller, join_ranks, load_checkpoint, ranks
+from model import VDGen, join_ranks, load_checkpoint, ranks
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
 PAPER = {  # Tables 1 and 3, the rows of VDGen; all on the test split
@@ -565,7 +566,7 @@ def require_place(path: Path, made: dict) -> None:
     old = made_before(path)
     for key in {**old, **made} if old else ():
         if old.get(key) != made.get(key):
-            raise ValueError(f"{path} is another result: its {key} is {old.get(key)}, not "
+            raise InputError(f"{path} is another result: its {key} is {old.get(key)}, not "
                              f"{made.get(key)}; --name NAME keeps both")
 
 
@@ -631,7 +632,7 @@ def write_results(folder: Path, name: str, rows: list[dict], config: Config,
 def read_predictions(path: Path) -> list[dict]:
     """The rows of a `<name>_predictions.jsonl`; or {"id", "prediction"} of a JSON {id: report}.
 
-    R2GenGPT and its heirs write {id: [report]}. Raises FileNotFoundError, or ValueError for
+    R2GenGPT and its heirs write {id: [report]}. Raises FileNotFoundError, or InputError for
     another file.
     """
     expected = "expected a JSON {id: report}, or one JSON object a line with id and prediction"
@@ -646,12 +647,12 @@ def read_predictions(path: Path) -> list[dict]:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         for n, row in enumerate(rows, 1):
             if not isinstance(row["id"], str) or not isinstance(row["prediction"], str):
-                raise ValueError(f"number {n} is {row!r:.100}")
+                raise InputError(f"number {n} is {row!r:.100}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: {expected}; got {type(error).__name__}: {error}") from None
+        raise InputError(f"{path}: {expected}; got {type(error).__name__}: {error}") from None
     names = Counter(row["id"] for row in rows)
     if not rows or len(names) < len(rows):
-        raise ValueError(f"{path}: {len(rows)} predictions of {len(names)} studies; {expected}, "
+        raise InputError(f"{path}: {len(rows)} predictions of {len(names)} studies; {expected}, "
                          "each id once")
     return rows
 
@@ -661,7 +662,7 @@ def read_files(args: argparse.Namespace, config: Config | None,
     """{path: rows} of all files, in one order, each row with its reference; cleaned by --clean.
 
     The references are those of the first file that holds them; of the data, if --split names one
-    or no file holds any. Raises ValueError where a file is of other studies or references.
+    or no file holds any. Raises InputError where a file is of other studies or references.
     """
     files = {path: read_predictions(path) for path in (*args.predictions, *(args.against or ()))}
     holders = [path for path, rows in files.items() if all("reference" in row for row in rows)]
@@ -672,7 +673,7 @@ def read_files(args: argparse.Namespace, config: Config | None,
         wrong = wrong or {row["id"] for row in rows
                           if row.get("reference") not in (None, known[row["id"]]["reference"])}
         if wrong:
-            raise ValueError(f"{path} and {source}: {len(wrong)} studies, such as {min(wrong)!r}, "
+            raise InputError(f"{path} and {source}: {len(wrong)} studies, such as {min(wrong)!r}, "
                              "are in one only or have another reference")
         for row in rows if args.clean else ():
             row["prediction"] = CLEANING[config.data.dataset](row["prediction"])
@@ -682,11 +683,11 @@ def read_files(args: argparse.Namespace, config: Config | None,
 
 
 def choose_split(splits: dict[str, Sequence[Study]], named: str | None) -> str:
-    """--split; else test if there is one, else val. ValueError where it has no studies."""
+    """--split; else test if there is one, else val. InputError where it has no studies."""
     split = named or ("test" if splits["test"] else "val")
     if not splits[split]:
         held = ", ".join(name for name, studies in splits.items() if studies) or "none"
-        raise ValueError(f"--split {split}: the data (--config, data.root) has only {held}")
+        raise InputError(f"--split {split}: the data (--config, data.root) has only {held}")
     return split
 
 
@@ -778,9 +779,9 @@ def parse_arguments() -> argparse.Namespace:
               if value and flag not in (mode, *flags.split())]
     unused += [f"set {key}" for key in args.set if not key.startswith(keys)]
     if unused:
-        raise ValueError(f"--{unused[0]}: of no use with --{mode}")
+        raise InputError(f"--{unused[0]}: of no use with --{mode}")
     if mode == "predictions" and len(args.predictions) > 1:
-        raise ValueError("--predictions: several files only with --against")
+        raise InputError("--predictions: several files only with --against")
     if args.chexbert and not args.chexbert.is_file():
         raise FileNotFoundError(f"--chexbert {args.chexbert}: no such file")
     return args
@@ -791,7 +792,7 @@ def main() -> None:
     if args.predictions:
         return score_against(args) if args.against else score_predictions(args)
     for problem in filter(None, map(image_problem, args.images or [])):
-        raise ValueError(problem)
+        raise InputError(problem)
     join_ranks()
     model = load_checkpoint(args.checkpoint, args.set)
     if args.images:

@@ -1,14 +1,14 @@
 """VDGen (Sec. 3): a Swin encoder, the heads of VSE and DID, and a Llama decoder with LoRA.
 
-In the paper's order: the model, the teacher (Sec. 3.3), reading and writing weights, the labeller
-of Table 3; last, what several processes share. The loss functions are in losses.py; their sum
+In the paper's order: the model, the teacher (Sec. 3.3), reading and writing weights; last, what
+several processes share. The loss functions are in losses.py; their sum
 (Eq. 8) is in the training loop. Left out on purpose: a [CLS] token (A6) and any projection on the
 image side of DID (Eq. 4).
 """
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partialmethod
@@ -21,10 +21,11 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM,
-                          AutoTokenizer, BertConfig, BertModel, BertTokenizer, GenerationConfig)
+                          AutoTokenizer, GenerationConfig)
 from transformers.pytorch_utils import Conv1D
 
-from configs import PROMPT, Config, parse_config
+from configs import PROMPT, Config, InputError, parse_config
+from configs.files import first_line, pretrained, read_checkpoint
 from losses import IGNORED, did_loss, own_report_nearest, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -117,7 +118,7 @@ class VDGen(nn.Module):
         """
         kind, parameters = type(self.vision).__name__, list(self.vision.parameters())
         if kind.startswith("ViTMAE") and self.vision.config.mask_ratio:
-            raise ValueError(f"model.vision: {kind} leaves out patches at random (mask_ratio), in "
+            raise InputError(f"model.vision: {kind} leaves out patches at random (mask_ratio), in "
                              f"generation, too; convert it to a plain ViT, or name another encoder")
         image = torch.zeros(1, 3, self.image_size, self.image_size, device=parameters[0].device)
         self.vision.requires_grad_().eval()
@@ -125,8 +126,8 @@ class VDGen(nn.Module):
             try:
                 hidden = self.vision(image).last_hidden_state
             except Exception as error:  # of whatever family it is
-                raise ValueError(f"model.vision: {kind} gives no last_hidden_state of an image "
-                                 f"({_first_line(error)}); name an encoder of images") from None
+                raise InputError(f"model.vision: {kind} gives no last_hidden_state of an image "
+                                 f"({first_line(error)}); name an encoder of images") from None
             reached = torch.autograd.grad(hidden.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, reached):
             parameter.requires_grad_(gradient is not None)
@@ -249,17 +250,17 @@ class VDGen(nn.Module):
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """The reverse of `trained_state`, strictly.
 
-        Raises ValueError if a tensor is missing, unexpected, of another shape, or not finite.
+        Raises InputError if a tensor is missing, unexpected, of another shape, or not finite.
         """
         own = {name: value.shape for name, value in self.trained_state().items()}
         theirs = {name: value.shape for name, value in state.items()}
         wrong = sorted(name for name, _ in own.items() ^ theirs.items())
         if wrong:
-            raise ValueError(f"checkpoint: the tensor {wrong[0]} is missing, unexpected or of "
+            raise InputError(f"checkpoint: the tensor {wrong[0]} is missing, unexpected or of "
                              f"another shape; expected that of a model with these settings")
         damaged = [name for name, value in state.items() if not value.isfinite().all()]
         if damaged:
-            raise ValueError(f"checkpoint: {damaged[0]} holds values that are not finite")
+            raise InputError(f"checkpoint: {damaged[0]} holds values that are not finite")
         self.load_state_dict(state, strict=False)
 
 
@@ -311,9 +312,9 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
         if model.config.model.lora:
             adapters = model.llm.disable_adapter()
     else:
-        teacher = _pretrained(AutoModel, name, "model.teacher", dtype=torch.float32)
+        teacher = pretrained(AutoModel, name, "model.teacher", dtype=torch.float32)
         teacher = teacher.to(model.device)
-        tokenizer, bos_ids = _pretrained(AutoTokenizer, name, "model.teacher"), None
+        tokenizer, bos_ids = pretrained(AutoTokenizer, name, "model.teacher"), None
     texts = sorted(set(texts), key=lambda text: (len(text), text))
     was_training, embeddings = model.training, {}
     model.eval()
@@ -399,7 +400,7 @@ def load_model(config: Config, teacher_width: int | None = None) -> VDGen:
     """Read the backbones that `config.model` names, on the CPU; the LLM in its precision (A13).
 
     `teacher_width`: D_t where it is known; default: that of `model.teacher`, or the LLM's.
-    Raises FileNotFoundError for a model that is neither a folder nor on the hub, ValueError for one
+    Raises FileNotFoundError for a model that is neither a folder nor on the hub, InputError for one
     that does not fit.
     """
     names, is_bf16, options = config.model, config.train.precision == "bf16", {}
@@ -408,45 +409,45 @@ def load_model(config: Config, teacher_width: int | None = None) -> VDGen:
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif is_bf16:  # on a CPU the fused kernel takes longer in bfloat16, and shorter in float32
         options["attn_implementation"] = "eager"
-    vision = _pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **options)
+    vision = pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **options)
     vision = getattr(vision, "vision_model", vision)  # of CLIP, SigLIP: the image part
-    processor = _pretrained(AutoImageProcessor, names.vision, "model.vision")
+    processor = pretrained(AutoImageProcessor, names.vision, "model.vision")
     dtype = torch.bfloat16 if is_bf16 else torch.float32
-    llm = _pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype, **options)
+    llm = pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype, **options)
     llm.generation_config = GenerationConfig()  # its own file would fill what A14 leaves unset
-    tokenizer = _pretrained(AutoTokenizer, names.llm, "model.llm")
+    tokenizer = pretrained(AutoTokenizer, names.llm, "model.llm")
     require_fit(llm, tokenizer, config)
     if names.teacher and config.loss.did_weight and not teacher_width:
-        teacher = _pretrained(AutoConfig, names.teacher, "model.teacher")
+        teacher = pretrained(AutoConfig, names.teacher, "model.teacher")
         teacher_width = getattr(teacher, "hidden_size", None)
         if teacher.is_encoder_decoder or not teacher_width:
-            raise ValueError(f"model.teacher: {names.teacher} is a {teacher.model_type}; expected "
+            raise InputError(f"model.teacher: {names.teacher} is a {teacher.model_type}; expected "
                              f"an encoder of texts, such as a BERT, or a causal LM")
     return VDGen(config, vision, llm, tokenizer, teacher_width,
                  *pixel_statistics(processor, names.vision))
 
 
 def require_fit(llm: nn.Module, tokenizer, config: Config) -> None:
-    """ValueError for an LLM that cannot be used as it is, before anything is computed with it."""
+    """InputError for an LLM that cannot be used as it is, before anything is computed with it."""
     name, lora = config.model.llm, config.model.lora
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.llm: the tokenizer of {name} has no end token")
+        raise InputError(f"model.llm: the tokenizer of {name} has no end token")
     if getattr(llm, "_hf_peft_config_loaded", False):
-        raise ValueError(f"model.llm: {name} is a LoRA adapter; merge it into its LLM first "
+        raise InputError(f"model.llm: {name} is a LoRA adapter; merge it into its LLM first "
                          f"(PEFT: merge_and_unload, then save_pretrained)")
     linear = {path.rpartition(".")[2] for path, part in llm.named_modules()
               if isinstance(part, (nn.Linear, Conv1D))}
     unknown = [target for target in (lora.target_modules if lora else ())
                if target.rpartition(".")[2] not in linear]
     if unknown:
-        raise ValueError(f"model.lora.target_modules: {name} has no layer {unknown[0]}; its "
+        raise InputError(f"model.lora.target_modules: {name} has no layer {unknown[0]}; its "
                          f"linear layers are {', '.join(sorted(linear))}")
     try:
         blank = torch.zeros(1, 2, llm.get_input_embeddings().weight.shape[1], dtype=llm.dtype)
         llm.generate(inputs_embeds=blank, max_new_tokens=1, do_sample=False)
     except Exception as error:  # of whatever family it is
-        raise ValueError(f"model.llm: {name}, a {type(llm).__name__}, cannot read visual tokens "
-                         f"(inputs_embeds): {_first_line(error)}") from None
+        raise InputError(f"model.llm: {name}, a {type(llm).__name__}, cannot read visual tokens "
+                         f"(inputs_embeds): {first_line(error)}") from None
 
 
 def pixel_statistics(processor, name: str) -> tuple[list[float], list[float]]:
@@ -457,7 +458,7 @@ def pixel_statistics(processor, name: str) -> tuple[list[float], list[float]]:
         value = getattr(processor, "data_config", {}).get(key) if value is None else value  # timm's
         value = [value] if isinstance(value, (int, float)) else list(value or ())
         if len(value) not in (1, 3):
-            raise ValueError(f"model.vision: the image processor of {name} tells no image_{key}; "
+            raise InputError(f"model.vision: the image processor of {name} tells no image_{key}; "
                              f"write three numbers into its preprocessor_config.json")
         found.append(value * 3 if len(value) == 1 else value)
     return found[0], found[1]
@@ -477,133 +478,6 @@ def load_checkpoint(path: str | Path, overrides: Iterable[str] = ()) -> VDGen:
     model.load_trained_state(state)
     model.step = checkpoint.get("step")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _pretrained(kind, name: str, key: str, **options):
-    """`kind.from_pretrained(name)`; FileNotFoundError that names the setting `key` if it fails."""
-    try:
-        return kind.from_pretrained(name, **options)
-    except Exception as error:  # a cut file of weights ends in an error of safetensors' own
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise  # no fault of the folder
-        raise FileNotFoundError(f"{key}: cannot load {name!r} as {kind.__name__}: expected a "
-                                f"folder of a Hugging Face model, or a name on the hub that this "
-                                f"machine can reach ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)  # some say nothing
-
-
-def read_checkpoint(path: str | Path, owner: str = "VDGen", keys=("model", "config"),
-                    mmap: bool = False) -> dict:
-    """A file of torch.save, tensors and plain values only: no code in it is run.
-
-    Args:
-        path: best.pt or last.pt, or a file of another owner.
-        owner: whose checkpoint is expected; for the error.
-        keys: those that it must have.
-        mmap: tensors stay in the file, whose pages all processes of a machine share.
-    Raises:
-        FileNotFoundError: no such file. ValueError: it is no such checkpoint.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        missing = [key for key in keys if key not in checkpoint]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"checkpoint {path}: no such file") from None
-    except Exception:  # whatever junk, or code, makes of it
-        missing = keys
-    if missing:
-        raise ValueError(f"checkpoint {path}: not a checkpoint of {owner}; expected a file of "
-                         f"torch.save with {', '.join(keys)}, of tensors and plain values only")
-    return checkpoint
-
-
-# The labeller of Table 3 --------------------------------------------------------------------------
-
-# In the order of the labeller's heads.
-CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-              "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
-              "Pleural Other", "Fracture", "Support Devices", "No Finding")
-
-
-class CheXbert(nn.Module):
-    """CheXbert (Smit et al., 2020): BERT-base, and on its [CLS] state a linear head a condition.
-
-    Classes: 0 not mentioned, 1 positive, 2 negative, 3 uncertain; No Finding knows 0 and 1 only.
-    The dropout that stood before the heads in training is left out.
-    """
-
-    def __init__(self, bert: BertModel, tokenizer: BertTokenizer):
-        super().__init__()
-        self.bert, self.tokenizer = bert, tokenizer
-        classes = [2 if name == "No Finding" else 4 for name in CONDITIONS]
-        self.linear_heads = nn.ModuleList(nn.Linear(bert.config.hidden_size, n) for n in classes)
-
-    @torch.no_grad()
-    def label(self, reports: list[str], batch_size: int = 32) -> list[list[int]]:
-        """The classes of each report, one for each of CONDITIONS.
-
-        Blanks are collapsed, and what comes after 512 tokens is not read.
-        """
-        texts = [" ".join(report.split()) for report in reports]
-        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        classes = {}
-        starts = range(0, len(texts), batch_size)
-        for start in tqdm(starts, desc="CheXbert", unit="batch", leave=False):
-            batch = by_length[start:start + batch_size]  # of like length: little padding
-            tokens = self.tokenizer([texts[i] for i in batch], truncation=True, max_length=512,
-                                    padding=True, return_tensors="pt").to(self.bert.device)
-            cls = self.bert(**tokens).last_hidden_state[:, 0]  # not the pooler's output
-            highest = [head(cls).argmax(dim=1) for head in self.linear_heads]
-            classes |= zip(batch, torch.stack(highest, dim=1).tolist())
-        return [classes[i] for i in range(len(texts))]
-
-
-def load_chexbert(path: str | Path, config: BertConfig | None = None) -> CheXbert:
-    """The published chexbert.pth, loaded strictly, ready to label.
-
-    Its vocabulary is bert-base-uncased's: from a vocab.txt beside it if there is one, else from the
-    hub. `config`: of its BERT; default: BERT-base. Raises FileNotFoundError or ValueError for
-    another file.
-    """
-    state = read_checkpoint(path, "CheXbert", ["model_state_dict"])["model_state_dict"]
-    beside = Path(path).parent / "vocab.txt"
-    if beside.is_file():
-        tokenizer = BertTokenizer(vocab=str(beside))
-    else:
-        key = f"--chexbert: without a {beside}"
-        tokenizer = _pretrained(BertTokenizer, "bert-base-uncased", key)
-    model = CheXbert(BertModel(config or BertConfig()), tokenizer)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    state.pop("bert.embeddings.position_ids", None)  # a constant that older transformers stored
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"checkpoint {path}: not the weights of CheXbert: {reason}") from None
-    return model.eval()
-
-
-def chexbert_labeller(checkpoint: Path) -> Callable[[list[str]], list[list[int]]]:
-    """A function from reports to their 14 classes, as `CheXbert.label` gives them.
-
-    The weights are read at its first call, and a text is labelled once.
-    """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"--chexbert {checkpoint}: no such file")
-    known: dict[str, list[int]] = {}
-    model = None
-
-    def label(texts: list[str]) -> list[list[int]]:
-        nonlocal model
-        if model is None:
-            model = load_chexbert(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-        new = sorted(set(texts) - known.keys())
-        known.update(zip(new, model.label(new)))
-        return [known[text] for text in texts]
-    return label
 
 
 # Several processes --------------------------------------------------------------------------------

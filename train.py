@@ -30,12 +30,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import configs
-from configs import Config, load_config, parse_config
-from configs.report import write_whole
+from configs import Config, InputError, load_config, parse_config
+from configs.files import read_checkpoint, write_whole
 from data import (ReportDataset, Study, build_demo_if_missing, digest, end_in_one_line,
                   epoch_batches, loader, read_studies, require_images)
 from evaluate import evaluate, read_findings, score, write_reports
-from model import (Teacher, VDGen, embed_reports, join_ranks, load_model, ranks, read_checkpoint)
+from model import Teacher, VDGen, embed_reports, join_ranks, load_model, ranks
 
 # What --resume lets a person change: where and how a run is computed, and what helps after trouble.
 # The rest makes another experiment.
@@ -86,7 +86,7 @@ def open_log(folder: Path) -> TextIO:
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"{folder}: another process is training in this folder; wait for it, or "
+        raise InputError(f"{folder}: another process is training in this folder; wait for it, or "
                          f"use another train.output") from None
     return log
 
@@ -99,7 +99,7 @@ def read_last(folder: Path, config: Config, resume: bool) -> dict | None:
     last, best = folder / "last.pt", folder / "best.pt"
     if not resume:
         if last.exists() or best.exists():
-            raise ValueError(f"{folder} holds a run: add --resume to go on with it, or --set "
+            raise InputError(f"{folder} holds a run: add --resume to go on with it, or --set "
                              f"train.output=FOLDER for another")
         return None
     if not last.exists():
@@ -112,7 +112,7 @@ def read_last(folder: Path, config: Config, resume: bool) -> dict | None:
     for key, old, new in _differences(before, config.to_dict()):
         raised = key in FREE_TO_RAISE and (new or math.inf) > (old or math.inf)
         if key not in FREE_TO_CHANGE and not raised:
-            raise ValueError(f"--resume: {last} was written with another config: {key} was {old}, "
+            raise InputError(f"--resume: {last} was written with another config: {key} was {old}, "
                              f"is {new}. Use the same, or another train.output")
         checkpoint["changed"][key] = new
         print(f"--resume: {key} was {old}, is {new} from step {checkpoint['step'] + 1} on")
@@ -132,15 +132,15 @@ def _differences(before: dict, now: dict, prefix: str = "") -> list[tuple]:
 
 
 def require_batches(studies: int, config: Config) -> None:
-    """ValueError where the training studies fill no batch (A22), or the ranks cannot share one."""
+    """InputError where the training studies fill no batch (A22), or the ranks cannot share one."""
     batch_size, world = config.train.batch_size, ranks()[1]
     if not studies:
-        raise ValueError(f"{config.data.root}/annotation.json: train: no studies to train on")
+        raise InputError(f"{config.data.root}/annotation.json: train: no studies to train on")
     if studies < batch_size:
-        raise ValueError(f"train.batch_size: {studies} training studies do not fill one batch of "
+        raise InputError(f"train.batch_size: {studies} training studies do not fill one batch of "
                          f"{batch_size} (A22); lower it, or raise data.limit")
     if batch_size % world:
-        raise ValueError(f"train.batch_size: {batch_size} studies cannot be shared by {world} "
+        raise InputError(f"train.batch_size: {batch_size} studies cannot be shared by {world} "
                          f"ranks equally")
 
 
@@ -162,24 +162,12 @@ def make_teacher(model: VDGen, reports: list[str], cache: Path | None = None) ->
         embeddings = embed_reports(model, reports)
         kept = {"key": key, "embeddings": torch.stack([embeddings[text] for text in texts])}
         if cache:
-            write_atomically(cache, kept)
+            write_whole(cache, kept)
             kept = read()  # mapped: on MIMIC-CXR 2 GB that would else be each rank's own
     if world > 1 and not rank:
         torch.distributed.barrier()
     row = {text: i for i, text in enumerate(texts)}
     return Teacher(kept["embeddings"], torch.tensor([row[report] for report in reports]))
-
-
-def write_atomically(path: Path, content: dict) -> None:
-    """A checkpoint under another name, then renamed: a stop meanwhile leaves the old one whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-        temporary.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"cannot write {path} ({reason}); the one before it is whole") from None
 
 
 def shared_by_ranks(model: VDGen) -> nn.Module:
@@ -224,7 +212,7 @@ def prepare(config: Config, resume: bool) -> Run:
 def restore(run: Run, checkpoint: dict) -> None:
     """Weights, optimizer, place and random state of a last.pt."""
     if checkpoint["studies"] != run.studies:
-        raise ValueError(f"--resume: {run.folder / 'last.pt'} was trained on other studies than "
+        raise InputError(f"--resume: {run.folder / 'last.pt'} was trained on other studies than "
                          f"{run.config.data.root} holds now; use the same, or another train.output")
     run.model.load_trained_state(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -264,7 +252,7 @@ def begin_log(run: Run, changed: dict) -> None:
         try:
             at = json.loads(text).get("step", 0)
         except (ValueError, AttributeError):
-            raise ValueError(f"{log.name}: not a line of a log: {text!r:.100}; remove it, or the "
+            raise InputError(f"{log.name}: not a line of a log: {text!r:.100}; remove it, or the "
                              f"whole file: last.pt needs none of it") from None
         if at > run.step:
             break
@@ -326,10 +314,10 @@ def to_host(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 def require_finite(values: dict[str, float], run: Run) -> None:
-    """ValueError that names the step and the term, before any weight or file has changed."""
+    """InputError that names the step and the term, before any weight or file has changed."""
     bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
     if bad:
-        raise ValueError(f"step {run.step + 1}: {bad} is {values[bad]}; try a lower train.lr, with "
+        raise InputError(f"step {run.step + 1}: {bad} is {values[bad]}; try a lower train.lr, with "
                          f"--resume if there is a {run.folder / 'last.pt'}: it holds a step before")
 
 
@@ -369,7 +357,7 @@ def save(run: Run, name: str) -> None:
         content |= {"optimizer": run.optimizer.state_dict(), "random": randoms,
                     "studies": run.studies}
     if not rank:
-        write_atomically(run.folder / name, content)
+        write_whole(run.folder / name, content)
 
 
 def validate(run: Run) -> None:

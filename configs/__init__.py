@@ -25,6 +25,13 @@ PROMPT = ("Human: <img>",
           "image.\nAssistant:")
 
 
+class InputError(ValueError):
+    """Bad input at a boundary: what was got, what was expected, what to do. Ends a command in a line.
+
+    Any other ValueError is a fault of the code, and keeps its traceback.
+    """
+
+
 def allowed(rule: str, test, *, default):
     """A field whose value must pass `test`; `rule` says in words what is allowed.
 
@@ -63,6 +70,8 @@ class Model:
     teacher: str | None = None                   # null: the LLM itself (A5)
     lora: Lora | None = Lora()                   # null: "w/o LoRA" of Table 2 (A18)
     vse_expansion: int = at_least(1, default=2)  # D_z / D (A4)
+    prompt: tuple[str, ...] = PROMPT             # Sec. 3.4: what stands before and behind the image
+    image_size: int | None = at_least(1, default=None)  # null: the encoder's own
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ class Config:
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as `train.lr=1.0e-4` (values are YAML).
 
-    Raises ValueError for an unknown key, a wrong type or an impossible value, naming the key, and
+    Raises InputError for an unknown key, a wrong type or an impossible value, naming the key, and
     FileNotFoundError for a missing file. `train.output` is filled in: `runs/<name of the file>`.
     """
     path = Path(path)
@@ -143,7 +152,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         config = parse_config(tree, overrides, str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"config {path}: not valid YAML: {reason}") from None
+        raise InputError(f"config {path}: not valid YAML: {reason}") from None
     if config.train.output is None:
         config = replace(config, train=replace(config.train, output=f"runs/{path.stem}"))
     return config
@@ -157,10 +166,10 @@ def parse_config(tree: dict, overrides: list[str] = (), source: str = "config") 
         overrides: `section.key=value` each, applied in order, the value in YAML.
         source: what errors name as the place of the tree.
     Raises:
-        ValueError: an unknown or a missing key, a wrong type, or an impossible value.
+        InputError: an unknown or a missing key, a wrong type, or an impossible value.
     """
     if not isinstance(tree, dict):
-        raise ValueError(f"{source}: got {_show(tree)}, expected the sections "
+        raise InputError(f"{source}: got {_show(tree)}, expected the sections "
                          f"{', '.join(_names(Config))}")
     tree = copy.deepcopy(tree)
     for override in overrides:
@@ -168,12 +177,12 @@ def parse_config(tree: dict, overrides: list[str] = (), source: str = "config") 
     config = _build(Config, tree, "", source)
     train, generate = config.train, config.generate
     if generate.min_new_tokens > generate.max_new_tokens:
-        raise ValueError(f"{source}: generate.min_new_tokens: got {generate.min_new_tokens}, "
+        raise InputError(f"{source}: generate.min_new_tokens: got {generate.min_new_tokens}, "
                          f"expected at most generate.max_new_tokens ({generate.max_new_tokens})")
     if train.min_lr > train.lr:
-        raise ValueError(f"{source}: train.min_lr: got {train.min_lr}, expected at most train.lr")
+        raise InputError(f"{source}: train.min_lr: got {train.min_lr}, expected at most train.lr")
     if train.batch_size < 2 and (config.loss.vse_weight or config.loss.did_weight):
-        raise ValueError(f"{source}: train.batch_size: got 1, expected at least 2 (VSE and DID "
+        raise InputError(f"{source}: train.batch_size: got 1, expected at least 2 (VSE and DID "
                          "compare the studies of a batch), or set loss.vse_weight and "
                          "loss.did_weight to 0")
     return config
@@ -183,7 +192,7 @@ def _override(tree: dict, override: str) -> None:
     """Set one `section.key=value` in the tree."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set {override!r}: expected section.key=value")
+        raise InputError(f"--set {override!r}: expected section.key=value")
     *sections, leaf = key.split(".")
     branch = tree
     for section in sections:
@@ -193,7 +202,7 @@ def _override(tree: dict, override: str) -> None:
     try:
         branch[leaf] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # a ValueError: what looks like a date and is none
-        raise ValueError(f"--set {override!r}: the value is not valid YAML") from None
+        raise InputError(f"--set {override!r}: the value is not valid YAML") from None
 
 
 def _names(section) -> list[str]:
@@ -231,7 +240,7 @@ def _build(section, tree, prefix: str, source: str):
     `prefix` is where the dict stands in the file: "" or, say, "model.lora.".
     """
     if not isinstance(tree, dict):
-        raise ValueError(f"{source}: {prefix[:-1]}: got {_show(tree)}, expected keys: "
+        raise InputError(f"{source}: {prefix[:-1]}: got {_show(tree)}, expected keys: "
                          f"{', '.join(_names(section))}")
     for key in tree:
         if key not in _names(section):
@@ -243,23 +252,23 @@ def _build(section, tree, prefix: str, source: str):
             values[f.name] = _check(tree[f.name], hints[f.name], f.metadata, name, source)
         elif f.default is MISSING:
             if not is_dataclass(hints[f.name]):
-                raise ValueError(f"{source}: {name}: missing; every config must set it")
+                raise InputError(f"{source}: {name}: missing; every config must set it")
             values[f.name] = _build(hints[f.name], {}, name + ".", source)
     return section(**values)
 
 
-def _unknown_key(section, key, prefix: str, source: str) -> ValueError:
+def _unknown_key(section, key, prefix: str, source: str) -> InputError:
     """The error for a key that the section does not have; it names the nearest of the schema."""
     known = list(_all_keys(Config))
     near = [name for name in known if name.split(".")[-1] == key]
     near = near or difflib.get_close_matches(f"{prefix}{key}", known, 1, cutoff=0)
     printable = key if str(key).isprintable() else repr(key)
-    return ValueError(f"{source}: {prefix}{printable}: unknown key; the nearest known key is "
+    return InputError(f"{source}: {prefix}{printable}: unknown key; the nearest known key is "
                       f"{near[0]} (known here: {', '.join(_names(section))})")
 
 
 def _check(value, hint, metadata, name: str, source: str):
-    """A value as the schema wants it, or ValueError; `hint` is its type, `metadata` its rule."""
+    """A value as the schema wants it, or InputError; `hint` is its type, `metadata` its rule."""
     kinds = _kinds(hint)
     if value is None and type(None) in kinds:
         return None
@@ -276,13 +285,13 @@ def _check(value, hint, metadata, name: str, source: str):
         or_null = " or null" if type(None) in kinds else ""
         written = kind is float and isinstance(value, str)
         advice = " (YAML reads 1e-4 as text: write 1.0e-4)" if written else ""
-        raise ValueError(f"{source}: {name}: got {_show(value)}, expected {expected}{or_null}"
+        raise InputError(f"{source}: {name}: got {_show(value)}, expected {expected}{or_null}"
                          f"{advice}")
     if kind is str and not value.strip():
-        raise ValueError(f"{source}: {name}: got an empty text")
+        raise InputError(f"{source}: {name}: got an empty text")
     finite = kind is not float or math.isfinite(value)
     passes = metadata.get("test", lambda value: True)
     if not (finite and passes(value)):
         rule = metadata.get("rule", "a finite number")
-        raise ValueError(f"{source}: {name}: got {value!r}, expected {rule}")
+        raise InputError(f"{source}: {name}: got {value!r}, expected {rule}")
     return value

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import Data
+from configs import Data, InputError
 
 # A clause ends with its sentence and before these words; not at the "with" of "consistent with".
 # In it, what follows a word of DENIED is not there ("clear airspace" lost its "of"; "no change in"
@@ -26,7 +26,7 @@ GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are) absent|"
 def read_findings(data: Data, names: Iterable[str]) -> dict | None:
     """findings.json of the data, if there is one: what studies hold, and phrases that name it.
 
-    ValueError where it is another file, or lacks one of the studies `names`.
+    InputError where it is another file, or lacks one of the studies `names`.
     """
     path = Path(data.root) / "findings.json"
     if not path.is_file():
@@ -36,12 +36,12 @@ def read_findings(data: Data, names: Iterable[str]) -> dict | None:
         groups = [group for key in ("phrases", "sides", "extents") for group in spec[key].items()]
         for name, phrases in groups:
             if not isinstance(phrases, list) or not phrases or not all(phrases):
-                raise ValueError(f"{name!r} has no list of phrases")
+                raise InputError(f"{name!r} has no list of phrases")
         named_findings("", spec)  # compiles them
         for held in (held for name in names for held in spec["studies"][name]):
             spec["phrases"][held["finding"]], held["side"], held["extent"]
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise ValueError(f"{path}: expected `phrases`, `sides` and `extents`, regular expressions, "
+        raise InputError(f"{path}: expected `phrases`, `sides` and `extents`, regular expressions, "
                          "and in `studies` for each study a list of {finding, side, extent}; got "
                          f"{type(error).__name__}: {error}") from None
     return spec

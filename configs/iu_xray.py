@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
-from configs.archives import LARGEST_IMAGE, LARGEST_TEXT, finish, read_archive, shrink_images
+from configs import InputError
+from configs.files import (LARGEST_IMAGE, LARGEST_TEXT, finish, read_archive, shrink_images,
+                           write_whole)
 from configs.findings import named_findings
-from configs.report import write_whole
 
 OPEN_I = "https://openi.nlm.nih.gov/imgs/collections/"  # of the National Library of Medicine
 SPLIT = Path(__file__).with_name("iu_xray_split.json")  # R2Gen's ids of train, val and test
@@ -39,7 +40,7 @@ def download(url: str, path: Path) -> Path:
                 raise OSError(f"got {part.stat().st_size} of {total} bytes")
             part.rename(path)
     except (OSError, TypeError) as error:  # no connection, no such page, no length
-        raise ValueError(f"{url}: {error}; run the command again to go on, or fetch it by hand and "
+        raise InputError(f"{url}: {error}; run the command again to go on, or fetch it by hand and "
                          f"name it on the command line (--reports, --images)") from None
     return path
 
@@ -55,14 +56,14 @@ def read_reports(archive: Path) -> dict[str, tuple[str, list[str]]]:
         try:
             tree = ElementTree.fromstring(content)
         except ElementTree.ParseError as error:
-            raise ValueError(f"{archive}: {name}: not a report of the collection: "
+            raise InputError(f"{archive}: {name}: not a report of the collection: "
                              f"{error}") from None
         sections = {e.get("Label"): e.text for e in reversed(list(tree.iter("AbstractText")))}
         findings = sections.get("FINDINGS")
         images = [e.get("id", "") for e in tree.iter("parentImage")]
         if findings and findings.strip() and len(images) >= 2:
             if not all(re.fullmatch(r"CXR[\w-]+-\d+", image) for image in images):
-                raise ValueError(f"{archive}: {name}: image names such as {images[0][:100]!r} are "
+                raise InputError(f"{archive}: {name}: image names such as {images[0][:100]!r} are "
                                  f"not of the collection")
             studies[images[0].rpartition("-")[0]] = findings, images[:2]
     return studies
@@ -76,7 +77,7 @@ def build_iu_xray(out: Path, reports: Path | None = None, images: Path | None = 
     names = [name for part in split.values() for name in part]
     unknown = [name for name in names if name not in studies]
     if unknown:
-        raise ValueError(f"{reports}: {len(unknown)} of R2Gen's studies are not in it, such as "
+        raise InputError(f"{reports}: {len(unknown)} of R2Gen's studies are not in it, such as "
                          f"{unknown[0]}; is it the whole archive?")
     building = out.with_name(out.name + ".building")
     targets = {image: building / "images" / name / f"{view}.png"

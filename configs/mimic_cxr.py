@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from configs.archives import LARGEST_TEXT, SPLITS, finish, read_archive, shrink_images
+from configs import InputError
+from configs.files import LARGEST_TEXT, SPLITS, finish, read_archive, shrink_images
 
 # A heading of a report, at the start of a line: capitals before a colon, or one of the usual names
 # in any case; or a line that parts the preliminary from the final text, without a colon.
@@ -50,12 +51,12 @@ def read_split(jpg: Path) -> list[dict]:
         try:
             rows = list(csv.DictReader(file))
         except (EOFError, OSError, zlib.error, csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{tables[0]}: not a whole table ({error})") from None
+            raise InputError(f"{tables[0]}: not a whole table ({error})") from None
     forms = {"dicom_id": r"[\w-]+", "study_id": r"\d{8}", "subject_id": r"\d{8}",
              "split": "train|validate|test"}
     for row in rows:
         if not all(re.fullmatch(form, row.get(key) or "") for key, form in forms.items()):
-            raise ValueError(f"{tables[0]}: got {row}; expected dicom_id, study_id, subject_id and "
+            raise InputError(f"{tables[0]}: got {row}; expected dicom_id, study_id, subject_id and "
                              f"split of MIMIC-CXR")
     return rows
 
@@ -98,7 +99,7 @@ def annotate(jpg: Path, reports: Path, sections: str) -> dict:
     print(f"of {len(studies)} studies {len(absent)} have no report in {reports}, and "
           f"{len(silent)} have one without FINDINGS; they are left out")
     if not tree["train"]:
-        raise ValueError(f"--reports {reports}: no training study of {jpg} has a report with "
+        raise InputError(f"--reports {reports}: no training study of {jpg} has a report with "
                          f"FINDINGS there; expected the reports of MIMIC-CXR")
     return tree
 
@@ -106,7 +107,7 @@ def annotate(jpg: Path, reports: Path, sections: str) -> dict:
 def build_mimic_cxr(out: Path, jpg: Path, tree: dict, skip_missing: bool = False) -> None:
     """Write `out`: the images of mimic-cxr-jpg, and the tree of an annotation.
 
-    ValueError if an image is missing or broken, after all of them; with `skip_missing` its study is
+    InputError if an image is missing or broken, after all of them; with `skip_missing` its study is
     left out.
     """
     building, targets = out.with_name(out.name + ".building"), {}  # {small PNG: its original}

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 import random
 import re
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.archives import leaves, open_image
+from configs.files import leaves, open_image, write_whole
 from configs.findings import named_findings
 
 CASES, PIXELS = 60, 352  # studies, and the longer side of a view: under 3 MB with two views each
@@ -24,18 +23,6 @@ STEP_KEYS = ("report", "vse", "did", "did_top1", "gradient_norm")
 VAL_KEYS = ("BLEU_4", "ROUGE_L", "CIDEr", "distinct")
 NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact",
              "negative", "stable"}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A text under another name, then renamed: a stop or full disk leaves the old one, or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror
-        raise OSError(f"cannot write {path} ({reason}); make room, and start again") from None
 
 
 def curves(log: Path) -> tuple[dict | None, dict[str, list]]:

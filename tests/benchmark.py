@@ -32,7 +32,7 @@ from transformers import AutoImageProcessor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from configs import PROMPT, load_config  # noqa: E402
+from configs import PROMPT, InputError, load_config  # noqa: E402
 from conftest import REPORTS, REPOSITORY, paper_model  # noqa: E402
 from data import (ReportDataset, collate, end_in_one_line, read_image,  # noqa: E402
                   read_studies)
@@ -47,7 +47,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def textbook_encode(model: VDGen, images: Tensor, view_counts: list[int]) -> Tensor:
     """X^e (B, S, D), the views one by one: first those of all studies, then the second ones."""
     if len(set(view_counts)) > 1:
-        raise ValueError("the textbook step wants the same number of views in every study")
+        raise InputError("the textbook step wants the same number of views in every study")
     pixels = (images.to(model.device).float() / 255 - model.image_mean) / model.image_std
     tokens = []
     for views in pixels.unflatten(0, (-1, view_counts[0])).unbind(dim=1):
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS)
     options = parser.parse_args()
     if options.paper and DEVICE.type == "cpu":
-        raise ValueError("--paper: torch sees no CUDA device here")
+        raise InputError("--paper: torch sees no CUDA device here")
     if options.paper:  # no report ends before its last token; no image is read
         options.set.append("generate.min_new_tokens=100")
         del PARTS["input"]

@@ -35,6 +35,7 @@ import evaluate  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from configs import Config  # noqa: E402
+from configs.files import read_checkpoint  # noqa: E402
 
 WATCHED = {module.__file__ for module in (train, evaluate, data, model, torch.serialization)}
 CHECKPOINTS = ("last.pt", "best.pt", "teacher.pt")
@@ -160,7 +161,7 @@ def wrong_file(folder: Path) -> str | None:
     for path in sorted(folder.iterdir() if folder.exists() else ()):
         try:
             if path.suffix == ".pt":
-                model.read_checkpoint(path, keys=())
+                read_checkpoint(path, keys=())
             elif path.suffix == ".json":
                 json.loads(path.read_text())
             elif path.suffix == ".jsonl":  # a kill may leave half a line at the end of the log
@@ -178,7 +179,7 @@ def steps_of(folder: Path) -> list[dict]:
 def difference(folder: Path, whole: Path) -> str | None:
     """Where a finished run is not the undisturbed one, to the bit."""
     for name in CHECKPOINTS:
-        ours, theirs = (model.read_checkpoint(at / name, keys=()) for at in (folder, whole))
+        ours, theirs = (read_checkpoint(at / name, keys=()) for at in (folder, whole))
         ours["config"] = theirs["config"] = None
         ours, shape = torch.utils._pytree.tree_flatten(ours)
         theirs, other = torch.utils._pytree.tree_flatten(theirs)
@@ -290,7 +291,7 @@ def gradient(case: Case) -> list[Ended]:
     if f"step {step}: " not in ended.last_line:
         ended.errors += f"\nTraceback: the error does not name step {step}"
     last = case.folder / "last.pt"
-    if last.exists() and model.read_checkpoint(last)["step"] >= step:
+    if last.exists() and read_checkpoint(last)["step"] >= step:
         ended.errors += "\nTraceback: last.pt holds the step that was refused"
     return [ended]
 

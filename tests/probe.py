@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from configs import load_config  # noqa: E402
+from configs import InputError, load_config  # noqa: E402
 from configs.findings import findings_matrices, named_findings, read_findings  # noqa: E402
 from data import (ReportDataset, Study, end_in_one_line, epoch_batches, loader,  # noqa: E402
                   read_studies)
@@ -288,7 +288,7 @@ def main() -> None:
     splits = read_studies(data)
     train, studies = splits["train"], splits[args.split]
     if not train or len(studies) < B:
-        raise ValueError(f"{data.root}: {len(train)} studies of train, {len(studies)} of "
+        raise InputError(f"{data.root}: {len(train)} studies of train, {len(studies)} of "
                          f"{args.split}; expected some, and a batch of {B}")
     texts, kept = None, args.checkpoint and args.checkpoint.with_name("teacher.pt")
     if args.checkpoint:

@@ -8,8 +8,7 @@ import torch
 from torch.nn.functional import gelu, layer_norm, linear
 from transformers import BertConfig, BertModel
 
-import model
-from model import CONDITIONS, CheXbert, chexbert_labeller, load_chexbert
+from configs.chexbert import CONDITIONS, CheXbert, chexbert_labeller, load_chexbert
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "heart", "is", "enlarged", "lung",
          "##s", "clear", "no", "effusion", "cardio", "##megaly", ".", ",", "-", "x", "##xx", "12",
@@ -164,7 +163,7 @@ def test_chexbert_refuses_other_files(tmp_path):
 def test_a_text_is_labelled_once(tmp_path, monkeypatch):
     path, _ = write_checkpoint(tmp_path)
     chexbert, asked = load_chexbert(path, TINY), []
-    monkeypatch.setattr(model, "load_chexbert", lambda path: chexbert)
+    monkeypatch.setattr("configs.chexbert.load_chexbert", lambda path: chexbert)
     monkeypatch.setattr(chexbert, "label", lambda texts: asked.extend(texts) or [[0]] * len(texts))
     label = chexbert_labeller(path)
     assert label(TEXTS[:3] * 2) == [[0]] * 6 and label(TEXTS) == [[0]] * len(TEXTS)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from configs import Data
-from configs.archives import open_image
+from configs.files import open_image
 from conftest import REPORTS, make_tokenizer
 from data import (Packed, ReportDataset, Study, build_demo_if_missing, clean_iu_xray,
                   clean_mimic_cxr, collate, end_in_one_line, epoch_batches, image_problem, loader,

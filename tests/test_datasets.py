@@ -19,7 +19,7 @@ from PIL import Image
 
 import data
 from configs import Data, iu_xray
-from configs.archives import read_archive, shrink_images
+from configs.files import read_archive, shrink_images
 from configs.iu_xray import IU_XRAY_FINDINGS, build_iu_xray, download
 from configs.mimic_cxr import report_section
 from data import check, read_studies, require_images

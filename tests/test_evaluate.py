@@ -23,7 +23,7 @@ from configs.findings import named_findings, read_findings
 from data import clean_iu_xray
 from evaluate import (FIVE, METRICS, PRF, best_constant, each_label, label_scores,
                       label_statistics, measure, meteor_1_5, rouge_l, score)
-from model import CONDITIONS
+from configs.chexbert import CONDITIONS
 from train import train
 
 SENTENCES = ["the heart is normal .", "lungs are clear .", "no pleural effusion or pneumothorax .",

@@ -14,7 +14,7 @@ from configs.findings import named_findings
 from evaluate import (LABELS, MEANS, METRICS, READINGS, CiderD, compare, interval, intervals,
                       measure, resampled_means, resamples, rouge_l, score, scores_of,
                       study_statistics)
-from model import CONDITIONS
+from configs.chexbert import CONDITIONS
 
 FINDINGS = ["a small left pleural effusion .", "no effusions .", "a nodule .", "rib fracture ."]
 

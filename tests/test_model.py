@@ -11,7 +11,8 @@ from configs import PROMPT
 from conftest import (REPORTS, make_tokenizer, paper_model, write_encoder, write_llm,
                       write_map_encoder)
 from losses import did_loss, vse_loss
-from model import (Teacher, embed_reports, load_checkpoint, pixel_statistics, read_checkpoint,
+from configs.files import read_checkpoint
+from model import (Teacher, embed_reports, load_checkpoint, pixel_statistics,
                    visual_projection)
 
 

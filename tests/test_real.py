@@ -23,7 +23,8 @@ from configs.findings import named_findings
 from configs.iu_xray import IU_XRAY_FINDINGS
 from data import read_studies
 from evaluate import precision_recall_f1, score
-from model import embed_reports, load_chexbert, load_model
+from configs.chexbert import load_chexbert
+from model import embed_reports, load_model
 from train import train
 
 LLM, VISION, IU_XRAY, BERT = (

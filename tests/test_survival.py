@@ -17,7 +17,8 @@ import yaml
 
 import train as training
 from conftest import REPOSITORY, write_map_encoder, write_swin
-from model import join_ranks, read_checkpoint
+from configs.files import read_checkpoint, write_whole
+from model import join_ranks
 
 
 def assert_same_run(whole, other):
@@ -102,15 +103,15 @@ def test_a_second_run_into_the_same_folder_is_refused(make_config, tmp_path):
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    training.write_atomically(path, {"step": 1})
+    write_whole(path, {"step": 1})
     before = path.read_bytes()
 
     def full(content, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(training.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="last.pt .*No space left"):
-        training.write_atomically(path, {"step": 2})
+        write_whole(path, {"step": 2})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

@@ -16,7 +16,7 @@ from configs import parse_config
 from conftest import TIMING, ReadBacks
 from data import end_in_one_line
 from losses import did_loss
-from model import read_checkpoint
+from configs.files import read_checkpoint
 from train import cosine_lr, prepare, train
 
 

@@ -1,8 +1,6 @@
-"""What other hands have made, read as untrusted: archives and images; and images made small.
-
-Shared by the makers of datasets, iu_xray.py and mimic_cxr.py beside this file, and by data.py.
-"""
+"""Files: what others made, read as untrusted (checkpoints, archives, images); ours, written whole."""
 import json
+import os
 import signal
 import tarfile
 import zipfile
@@ -16,8 +14,11 @@ from threading import Semaphore
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+from configs import InputError
 
 SPLITS = ("train", "val", "test")
 SHORT_SIDE = 256         # A24
@@ -33,12 +34,79 @@ def leaves(path: str) -> bool:
 
 
 def require_none(problems: list[str], advice: str = "") -> None:
-    """Print the first 50 problems and raise ValueError with their number, if there are any."""
+    """Print the first 50 problems and raise InputError with their number, if there are any."""
     for problem in problems[:50]:
         print(problem)
     if problems:
         shown = ", the first 50 of them above" if len(problems) > 50 else ""
-        raise ValueError(f"{len(problems)} problems{shown}{advice}")
+        raise InputError(f"{len(problems)} problems{shown}{advice}")
+
+
+def pretrained(kind, name: str, key: str, **options):
+    """`kind.from_pretrained(name)`; FileNotFoundError that names the setting `key` if it fails."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except Exception as error:  # a cut file of weights ends in an error of safetensors' own
+        if out_of_memory(error):
+            raise  # no fault of the folder
+        raise FileNotFoundError(f"{key}: cannot load {name!r} as {kind.__name__}: expected a "
+                                f"folder of a Hugging Face model, or a name on the hub that this "
+                                f"machine can reach ({first_line(error)})") from None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Of the host or of a GPU; torch reports the host's as a RuntimeError."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "allocate memory" in str(error)
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)  # some say nothing
+
+
+def read_checkpoint(path: str | Path, owner: str = "VDGen", keys=("model", "config"),
+                    mmap: bool = False) -> dict:
+    """A file of torch.save, tensors and plain values only: no code in it is run.
+
+    Args:
+        path: best.pt or last.pt, or a file of another owner.
+        owner: whose checkpoint is expected; for the error.
+        keys: those that it must have.
+        mmap: tensors stay in the file, whose pages all processes of a machine share.
+    Raises:
+        FileNotFoundError: no such file. InputError: it is no such checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        missing = [key for key in keys if key not in checkpoint]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"checkpoint {path}: no such file") from None
+    except Exception as error:  # whatever junk, or code, makes of it
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise  # it may not be read, or not now: no fault of the file
+        missing = keys
+    if missing:
+        raise InputError(f"checkpoint {path}: not a checkpoint of {owner}; expected a file of "
+                         f"torch.save with {', '.join(keys)}, of tensors and plain values only")
+    return checkpoint
+
+
+def write_whole(path: Path, content: str | dict) -> None:
+    """A text, or a dict by torch.save, under another name, then renamed.
+
+    A stop or a full disk leaves the file of before, or none.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        if isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise OSError(f"cannot write {path} ({reason}); one from before is still whole") from None
 
 
 def process_pool() -> ProcessPoolExecutor:
@@ -49,7 +117,7 @@ def process_pool() -> ProcessPoolExecutor:
 def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the files of a .tgz or .zip that end in `suffix`; nothing is written.
 
-    Raises FileNotFoundError, or ValueError for a broken archive and for a file of more than
+    Raises FileNotFoundError, or InputError for a broken archive and for a file of more than
     `largest` bytes.
     """
     broken = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, RuntimeError)
@@ -58,12 +126,12 @@ def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, b
             if name.endswith(suffix):
                 content = file.read(largest + 1)  # its header may say less than there is
                 if len(content) > largest:
-                    raise ValueError(f"{path}: {name[:100]!r}: more than {largest} bytes")
+                    raise InputError(f"{path}: {name[:100]!r}: more than {largest} bytes")
                 yield name, content
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except broken as error:
-        raise ValueError(f"{path}: not a whole archive ({error}); fetch it again") from None
+        raise InputError(f"{path}: not a whole archive ({error}); fetch it again") from None
 
 
 def _members(path: Path) -> Iterator[tuple[str, BinaryIO]]:
@@ -89,7 +157,7 @@ def _picture(content: bytes, raw_mode: str | None = None) -> Image.Image:
     image = Image.open(BytesIO(content), formats=FORMATS)
     pictures = getattr(image, "n_frames", 1)
     if pictures > 1 and image.format != "MPO":  # that is a phone's JPEG with a depth map
-        raise ValueError(f"{pictures} pictures in one file, expected one")
+        raise InputError(f"{pictures} pictures in one file, expected one")
     if raw_mode:
         image.tile = [(codec, box, offset, raw_mode) for codec, box, offset, _ in image.tile]
     image.load()
@@ -102,7 +170,7 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum, turned as EXIF says.
 
     `content`: what stands in the file, if not to be read from there. Raises FileNotFoundError, or
-    ValueError for a file that is no whole image, holds several, or more than Pillow's limit of 179
+    InputError for a file that is no whole image, holds several, or more than Pillow's limit of 179
     million pixels.
     """
     broken = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
@@ -127,7 +195,7 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
             reason = "no known format; export DICOM, HEIC and the like as PNG"
-        raise ValueError(f"image {path}: not a whole PNG or JPEG image ({reason})") from None
+        raise InputError(f"image {path}: not a whole PNG or JPEG image ({reason})") from None
 
 
 def _scale(values: np.ndarray) -> Image.Image:
