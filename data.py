@@ -10,16 +10,16 @@ would turn left into right).
 """
 import argparse
 import hashlib
-import json
 import os
 import pickle
 import re
 import signal
 import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,7 +33,7 @@ from tqdm import tqdm
 import configs
 from configs import InputError
 from configs.files import (SPLITS, image_problem, leaves, open_image, out_of_memory, process_pool,
-                           require_none)
+                           read_json, require_none, require_place)
 from configs.demo import build_demo
 from configs.iu_xray import build_iu_xray, write_findings
 from configs.mimic_cxr import annotate, build_mimic_cxr
@@ -55,9 +55,8 @@ class Study:
 class Packed(Sequence):
     """A list that keeps its items pickled in one block of bytes, and makes one when asked for it.
 
-    A loader's worker shares its parent's memory until it writes to it, and reading a Python object
-    writes its reference count: of 270,790 studies in an ordinary list each worker would soon hold a
-    copy. A block stays shared.
+    A loader's worker shares its parent's memory until one of them writes, and reading a Python
+    object writes its reference count: each worker would soon hold a copy of an ordinary list.
     """
 
     def __init__(self):
@@ -104,15 +103,12 @@ def clean_mimic_cxr(report: str) -> str:
 
 
 CLEANING = {"iu_xray": clean_iu_xray, "mimic_cxr": clean_mimic_cxr, "demo": clean_iu_xray,
-            "own": clean_iu_xray}
+            "own": lambda report: " ".join(report.split())}  # blanks and line breaks alone
 
 
 def read_studies(data: configs.Data,
                  problems: list[str] | None = None) -> dict[str, Sequence[Study]]:
-    """The studies of each split in `data.root`/annotation.json (R2Gen's format), reports cleaned.
-
-    Raises FileNotFoundError if there is none, and InputError as `parse_studies` does.
-    """
+    """`parse_studies` of `data.root`/annotation.json; FileNotFoundError if there is none."""
     path = Path(data.root) / "annotation.json"
     if not path.is_file():
         command = "" if data.dataset == "own" else f" (`python data.py {data.dataset}`)"
@@ -123,69 +119,85 @@ def read_studies(data: configs.Data,
 
 def parse_studies(tree: dict, path: Path, dataset: str, limit: int | None = None,
                   problems: list[str] | None = None) -> dict[str, Sequence[Study]]:
-    """The studies of each split of an annotation; one that it lacks is empty.
+    """The studies of each split, reports cleaned; a split that the annotation lacks is empty.
 
-    Raises InputError for a broken study, and for a patient in two splits; with a list of `problems`
-    it appends these there instead.
+    Raises InputError for the first fault; with a list of `problems` it appends all of them there.
     """
     seen, patients, splits = set(), {}, {split: Packed() for split in SPLITS}
     for split, studies in splits.items():
         for i, entry in enumerate(tree.get(split, [])[:limit]):
-            place = f"{path}: {split}[{i}]"
-            try:
-                study = _study(entry, place, dataset, seen, tree.get("sections"))
-                studies.append(study)
-                if study.patient and patients.setdefault(study.patient, split) != split:
-                    raise InputError(f"{place}: patient {study.patient} is in "
-                                     f"{patients[study.patient]}, too; expected in one split only")
-            except ValueError as error:
+            study, faults = _study(entry, dataset, seen, tree.get("sections"))
+            first = patients.setdefault(study.patient, split) if study.patient else split
+            if first != split:
+                faults.append(f"patient {study.patient!r:.100} is in {first}, too; expected in one "
+                              f"split only")
+            name = f" study {study.id!r:.100}:" if study.id else ""
+            for fault in faults:
+                problem = f"{path}: {split}[{i}]:{name} {fault}"
                 if problems is None:
-                    raise
-                problems.append(str(error))
+                    raise InputError(problem)
+                problems.append(problem)
+            studies.append(study)
     return splits
 
 
 def read_annotation(path: Path) -> dict:
-    """The JSON of an annotation in R2Gen's format, its splits lists; any split may be missing."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    known = isinstance(tree, dict) and not set(tree) - {*SPLITS, "sections"}
-    splits = [tree[split] for split in SPLITS if split in tree] if known else []
+    """The JSON of an annotation, its splits lists. Other keys that hold no studies are ignored."""
+    expected = "one object {'train': [...], 'val': [...], 'test': [...]} of lists of studies"
+    tree = read_json(path, f"{expected}, not CSV or a study a line")
+    tree = tree if isinstance(tree, dict) else {}
+    for name in tree.keys() - set(SPLITS):
+        first = tree[name][0] if isinstance(tree[name], list) and tree[name] else None
+        if isinstance(first, dict) and first.keys() & {"report", "image_path"}:
+            raise InputError(f"{path}: {name!r:.100} holds studies; rename it to train, val (of "
+                             f"validation) or test, or remove it")
+    splits = [tree[split] for split in SPLITS if split in tree]
     if not any(splits) or not all(isinstance(studies, list) for studies in splits):
-        raise InputError(f"{path}: expected {{'train': [...], 'val': [...], 'test': [...]}}, lists "
-                         f"of studies; a split may be missing")
+        raise InputError(f"{path}: expected {expected}; a split may be missing")
     return tree
 
 
-def _study(entry, place: str, dataset: str, seen: set, sections: str | None) -> Study:
-    """The Study of one entry of the annotation, which is checked; its id joins `seen`."""
-    expected = "expected a study with id, report and image_path"
+def _study(entry, dataset: str, seen: set, sections: str | None) -> tuple[Study, list[str]]:
+    """An entry of the annotation, as far as it can be read, and its faults; its id joins `seen`."""
     if not isinstance(entry, dict):
-        raise InputError(f"{place}: got {entry!r:.100}, {expected}")
-    name, report, paths = (entry.get(key) for key in ("id", "report", "image_path"))
-    if not isinstance(name, (str, int)) or name == "":
-        raise InputError(f"{place}: its id is {name!r:.100}; {expected}")
-    name = str(name)
-    place = f"{place}: study {name!r:.100}"
-    if name in seen:
-        raise InputError(f"{place} stands twice; ids must be unique in all splits")
+        return Study("", "", ()), [f"got {entry!r:.100}, expected id, report and image_path"]
+    name, given, faults = entry.get("id"), entry.get("image_path"), []
+    name = _text("id", str(name) if isinstance(name, int) else name, faults)
+    if name and name in seen:
+        faults.append("stands twice; ids must be unique in all splits")
     seen.add(name)
-    if not isinstance(report, str) or not report.strip():
-        raise InputError(f"{place} has no report: got {report!r:.100}, expected a text")
-    if not isinstance(paths, list) or not paths or \
-            not all(isinstance(path, str) and path and not leaves(path) for path in paths):
-        raise InputError(f"{place}: image_path: got {paths!r:.100}, expected a list of one path or "
-                         f"more, relative to the images folder")
-    patient = entry.get("subject_id")
-    if dataset == "iu_xray" and (number := re.match(r"CXR\d+", name)):
-        patient = patient or number[0]
-    return Study(name, CLEANING[dataset](report), tuple(paths), patient and str(patient), sections)
+    report = _text("report", entry.get("report"), faults)
+    paths = [_text("image_path", path, faults) for path in given] if isinstance(given, list) else []
+    if not paths or any(map(leaves, paths)):
+        faults.append(f"image_path: got {given!r:.100}, expected a list of one path or more, "
+                      f"relative to the images folder")
+    kept = tuple(path for path in paths if path and not leaves(path))
+    patient = _patient(entry.get("subject_id"), name, dataset)
+    return Study(name, report and CLEANING[dataset](report), kept, patient, sections), faults
+
+
+def _text(key: str, value, faults: list[str]) -> str:
+    """A text of an entry; "" and a line more in `faults` if it is none."""
+    if not isinstance(value, str) or not value.strip():
+        faults.append(f"{key}: got {value!r:.100}, expected a text")
+    elif half := re.search("[\ud800-\udfff]", value):  # JSON can hold it, a tokenizer cannot
+        faults.append(f"{key}: got {half[0]!r}, half a character; take it out")
+    else:
+        return value
+    return ""
+
+
+def _patient(subject, name: str, dataset: str) -> str | None:
+    """subject_id, else the number of an IU-Xray id; None: not known."""
+    subject = str(subject).strip().removesuffix(".0")  # pandas: NaN for a gap, then 7.0 for 7
+    if subject.lower() not in ("", "none", "nan"):
+        return subject
+    number = re.match(r"CXR\d+", name) if dataset == "iu_xray" else None
+    return number[0] if number else None
 
 
 def require_images(splits: dict[str, Sequence[Study]], data: configs.Data) -> None:
-    """The cheap part of `data.py check`: FileNotFoundError if an image is not there."""
+    """FileNotFoundError if an image is not there."""
     images = Path(data.root) / "images"
     paths = (path for studies in splits.values() for study in studies for path in study.image_paths)
     missing = [path for path in paths if not os.path.isfile(f"{images}/{path}")]
@@ -202,13 +214,12 @@ def read_image(path: str | Path, size: int) -> Tensor:
 
 
 class ReportDataset(Dataset):
-    """Studies as tensors, read and tokenised when asked for: by the loader's workers.
+    """Studies as tensors, read and tokenised by the loader's workers.
 
     A report of at most `max_report_tokens` tokens ends in the end token; a longer one is cut and
     does not (A20, A23).
 
-    Item: {"index": int, "id": str, "report": str, "images": (V, 3, H, W) uint8, "report_ids": list
-    of token ids}.
+    Item: index, id, report, images (V, 3, H, W) uint8, report_ids (a list).
     """
 
     def __init__(self, studies: Sequence[Study], data: configs.Data, image_size: int, tokenizer):
@@ -233,57 +244,70 @@ class ReportDataset(Dataset):
 def collate(items: list[dict]) -> dict:
     """One batch; its studies may differ in their number of views (A8).
 
-    Returns: indices (B numbers of studies), ids, reports (B strings each), images (sum of views, 3,
-    H, W) uint8, view_counts (B ints), report_ids (B, L) padded on the right to the longest report,
-    report_lengths (B ints).
+    Arrays, no tensors: a worker sends an array through a pipe, and a tensor by shared memory, of
+    which a container may have too little (Docker: 64 MB).
+
+    Returns: indices, ids, reports, view_counts, report_lengths (lists of B), images (sum of views,
+    3, H, W) uint8, report_ids (B, L) padded on the right.
     """
     reports = [torch.tensor(item["report_ids"]) for item in items]
     return {"indices": [item["index"] for item in items],
-            "ids": [item["id"] for item in items], "reports": [item["report"] for item in items],
-            "images": torch.cat([item["images"] for item in items]),
+            "ids": [item["id"] for item in items],
+            "reports": [item["report"] for item in items],
+            "images": torch.cat([item["images"] for item in items]).numpy(),
             "view_counts": [len(item["images"]) for item in items],
-            "report_ids": torch.nn.utils.rnn.pad_sequence(reports, batch_first=True),
+            "report_ids": torch.nn.utils.rnn.pad_sequence(reports, batch_first=True).numpy(),
             "report_lengths": [len(report) for report in reports]}
 
 
 def digest(studies: Sequence[Study]) -> str:
-    """Of ids, reports and image names, in their order; not of where they lie."""
+    """A hash of ids, reports and image names, in their order; the data's folder has no part."""
     found = hashlib.sha256()
     for study in studies:
         found.update(repr((study.id, study.report, study.image_paths)).encode())
     return found.hexdigest()
 
 
-def ignore_interrupt(worker: int) -> None:
-    """A worker ignores Ctrl-C, which reaches it, too: the main process ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def loader(dataset: ReportDataset, batches: Iterable[list[int]], workers: int,
+           device: torch.device) -> Iterator[dict]:
+    """Those batches (`collate`), read ahead by so many processes; for a GPU in pinned memory.
 
-
-def loader(dataset: ReportDataset, batches: list[list[int]], workers: int,
-           device: torch.device) -> DataLoader:
-    """Those batches, read ahead by so many processes; without a draw of the global random state."""
-    return DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        generator=torch.Generator())
+    The workers inherit an ignored Ctrl-C: the main process ends them.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stream = iter(DataLoader(
+            dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            generator=torch.Generator()))  # without a draw of the global random state
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for batch in stream:
+        for key in ("images", "report_ids"):
+            values = torch.from_numpy(batch[key])
+            batch[key] = values.pin_memory() if device.type == "cuda" else values
+        yield batch
 
 
 def epoch_batches(studies: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The shuffled batches of an epoch, by its arguments alone; no incomplete last one (A22)."""
-    # Distinct for each (seed, epoch) of seeds below 2**43: no run has 1,000,003 epochs.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    # PyTorch's generator takes 32 bits: distinct for each (seed, epoch) of seeds below 4,294.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
     order = torch.randperm(studies, generator=generator).tolist()
     return [order[i:i + batch_size] for i in range(0, studies - batch_size + 1, batch_size)]
 
 
-def check(data: configs.Data) -> list[str]:
-    """Print a table of the data, and return all that is wrong with it: every image is opened."""
-    problems: list[str] = []
-    splits, owner = read_studies(data, problems), {}
-    sections = next((studies[0].sections for studies in splits.values() if studies), None)
-    print(f"{data.root}: {data.dataset}, sections: {sections or 'not stated'}")
-    titles = ("studies", "patients", "views", "reports", "words", "longest")
+def batches_from(step: int, studies: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """The batches of all epochs, one after the other, from that of `step` (from 0) on; endless."""
+    first, done = divmod(step, studies // batch_size)
+    for epoch in count(first):
+        yield from epoch_batches(studies, batch_size, seed, epoch)[done:]
+        done = 0
+
+
+def print_table(splits: dict[str, Sequence[Study]]) -> None:
+    """A row for each split, then what of its texts the scores cannot use."""
+    titles, notes = ("studies", "patients", "views", "reports", "words", "longest"), []
     print(f"{'split':<8}" + "".join(f"{title:>10}" for title in titles))
     for split, studies in splits.items():
         words = [len(study.report.split()) for study in studies] or [0]
@@ -292,10 +316,29 @@ def check(data: configs.Data) -> list[str]:
         reports = len({study.report for study in studies})
         print(f"{split:<8}{len(studies):10}{len(patients) or '-':>10}{views:10}{reports:10}"
               f"{np.mean(words):10.1f}{max(words):10}")
-        for study in studies:
-            for path in study.image_paths:
-                if owner.setdefault(path, study.id) != study.id:
-                    problems.append(f"image {path}: of {owner[path]!r} and of {study.id!r}")
+        silent = [study.id for study in studies
+                  if study.report and not any(map(str.isalnum, study.report))]
+        if silent:
+            notes.append(f"{split}: {len(silent)} reports without a word, as of {silent[0]!r}")
+        letters = sum(len(study.report) for study in studies)
+        if letters > 15 * sum(words):  # English has 6, Finnish 9
+            notes.append(f"{split}: {letters / sum(words):.0f} letters a word; the scores need "
+                         f"blanks between words")
+    for note in notes:
+        print(note)
+
+
+def check(data: configs.Data) -> list[str]:
+    """Print a table of the data, open every image, and return all that is wrong."""
+    problems: list[str] = []
+    splits, owner = read_studies(data, problems), {}
+    sections = next((studies[0].sections for studies in splits.values() if studies), None)
+    print(f"{data.root}: {data.dataset}, sections: {sections or 'not stated'}")
+    print_table(splits)
+    for study in (study for studies in splits.values() for study in studies):
+        for path in study.image_paths:
+            if owner.setdefault(path, study.id) != study.id:
+                problems.append(f"image {path}: of {owner[path]!r} and of {study.id!r}")
     paths = [Path(data.root) / "images" / path for path in owner]
     with process_pool() as pool:
         found = tqdm(pool.map(image_problem, paths, chunksize=32), "images", len(paths))
@@ -306,14 +349,10 @@ def check(data: configs.Data) -> list[str]:
 def build_demo_if_missing(data: configs.Data) -> None:
     """Draw the demo's films if they are not there; any other dataset must be."""
     root = Path(data.root)
-    in_the_way = root.exists()
     if data.dataset != "demo" or (root / "annotation.json").is_file():
         return
-    if in_the_way:
-        raise InputError(f"data.root: {root} exists and holds no annotation.json; remove it, or "
-                         f"name another folder")
+    require_place(root, "data.root")
     print(f"{root}: not there yet; drawing the demo", flush=True)
-    root.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as folder:
         build_demo(Path(folder) / root.name)
         with suppress(OSError):  # another process may have been faster
@@ -321,14 +360,14 @@ def build_demo_if_missing(data: configs.Data) -> None:
 
 
 def end_in_one_line(main: Callable[[], None]) -> None:
-    """Run a command. An expected fault, a worker's too, ends it in one clear line and status 1.
+    """Run a command. InputError, OSError, a lack of memory and a dead worker end it in one line.
 
-    Expected are InputError, OSError, a lack of memory and a dead worker of the loader. Any other
-    exception is a fault of the code, perhaps of a reader's edit: it keeps its traceback.
+    Any other exception is a fault of the code, perhaps of a reader's edit: it keeps its traceback.
     """
     try:
         main()
     except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback
         if str(stop):
             print(stop, file=sys.stderr)
         sys.exit(130)
@@ -339,7 +378,7 @@ def end_in_one_line(main: Callable[[], None]) -> None:
                     f"lower train.batch_size (VSE and DID depend on it); where reports are "
                     f"written, lower train.eval_batch_size")
         elif not isinstance(error, (InputError, OSError)) and "DataLoader worker (" not in text:
-            raise  # a fault of the code
+            raise
         elif "Original Traceback" in text:  # of a worker: its own message is the last line
             text = text.splitlines()[-1].partition(": ")[2]
         sys.exit(f"error: {text}")
@@ -374,28 +413,32 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def make(args: argparse.Namespace) -> None:
+    require_place(args.out, "--out")
+    if args.command == "demo":
+        build_demo_if_missing(configs.Data(root=str(args.out), dataset="demo"))
+    elif args.command == "iu_xray":
+        build_iu_xray(args.out, args.reports, args.images)
+    elif args.annotation:
+        tree = read_annotation(args.annotation)
+        parse_studies(tree, args.annotation, "mimic_cxr")  # InputError if it is broken
+        build_mimic_cxr(args.out, args.jpg, tree, args.skip_missing)
+    else:
+        tree = annotate(args.jpg, args.reports, args.sections or "findings")
+        build_mimic_cxr(args.out, args.jpg, tree, args.skip_missing)
+
+
 def main() -> None:
     args = parse_arguments()
     if args.command == "check":
         require_none(check(configs.load_config(args.config, args.set).data))
-        return print("nothing is wrong")
+        print("nothing is wrong")
+        return
     if (args.out / "annotation.json").is_file():
         print(f"{args.out}: there already")
-    elif args.out.exists():
-        raise InputError(f"--out {args.out}: exists and holds no annotation.json; remove it, or "
-                         f"name another folder")
-    elif args.command == "demo":
-        build_demo_if_missing(configs.Data(root=str(args.out), dataset="demo"))
-    elif args.command == "iu_xray":
-        build_iu_xray(args.out, args.reports, args.images)
     else:
-        if args.annotation:
-            tree = read_annotation(args.annotation)
-            parse_studies(tree, args.annotation, "mimic_cxr")  # InputError if it is broken
-        else:
-            tree = annotate(args.jpg, args.reports, args.sections or "findings")
-        build_mimic_cxr(args.out, args.jpg, tree, args.skip_missing)
-    if args.command == "iu_xray":  # in R2Gen's own folder, too
+        make(args)
+    if args.command == "iu_xray" and not (args.out / "findings.json").is_file():
         write_findings(args.out, read_studies(configs.Data(root=str(args.out))))
 
 

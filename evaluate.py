@@ -1,28 +1,33 @@
 """Generate the reports of a split, score them, and write what was found (Sec. 4.1.3, Table 1).
 
     python evaluate.py --checkpoint runs/iu_xray/best.pt [--split test] [--chexbert chexbert.pth]
+    python evaluate.py --checkpoint runs/mimic_cxr/best.pt --config configs/iu_xray.yaml --name iu
     python evaluate.py --predictions runs/iu_xray/test_predictions.jsonl    # again, without a model
     python evaluate.py --predictions theirs.json --config configs/iu_xray.yaml         # {id: text}
     python evaluate.py --predictions A.jsonl [A2.jsonl ...] --against B.jsonl [B2.jsonl ...]
     python evaluate.py --checkpoint runs/iu_xray/best.pt --images frontal.png lateral.png
 
-The last writes one report. The scores equal pycocoevalcap's on the same strings. References are
-cleaned when the data is read; predictions are scored as they are, or cleaned by --clean.
+The second takes data and decoding from another config; the last prints one report. The scores equal
+pycocoevalcap's on the same strings. References are cleaned when the data is read; predictions are
+scored as they are; --clean cleans files of others. A predictions file is never replaced.
 """
 import argparse
+import dataclasses
 import json
 import math
 import random
+import re
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache, reduce
 from importlib.util import find_spec
 from itertools import product, zip_longest
 from operator import getitem
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -30,69 +35,34 @@ from nltk.util import ngrams
 from tqdm import tqdm
 
 from configs import Config, InputError, load_config
-from configs.chexbert import CONDITIONS, chexbert_labeller
-from configs.files import SPLITS, image_problem, write_whole
+from configs.chexbert import (CONDITIONS, LABELS, READINGS, chexbert_labeller,
+                              chexbert_matrices)
+from configs.files import SPLITS, image_problem, read_json, read_predictions, write_whole
 from configs.findings import findings_details, findings_matrices, read_findings
 from configs.report import draw_page, principal_plane
 from data import (CLEANING, ReportDataset, Study, build_demo_if_missing, digest, end_in_one_line,
                   loader, read_image, read_studies)
-from model import VDGen, join_ranks, load_checkpoint, ranks
+from model import VDGen, join_ranks, leave_ranks, load_checkpoint, ranks
 
-METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
+BLEUS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4")
 PAPER = {  # Tables 1 and 3, the rows of VDGen; all on the test split
-    "iu_xray": dict(zip(METRICS, (0.491, 0.325, 0.230, 0.169, 0.195, 0.362, 0.386))),
-    "mimic_cxr": dict(zip(METRICS, (0.418, 0.274, 0.190, 0.136, 0.164, 0.301, 0.162)))
-    | {"clinical": {"precision": 0.426, "recall": 0.397, "f1": 0.402}},
+    "iu_xray": {"BLEU_1": 0.491, "BLEU_2": 0.325, "BLEU_3": 0.230, "BLEU_4": 0.169,
+                "METEOR": 0.195, "ROUGE_L": 0.362, "CIDEr": 0.386},
+    "mimic_cxr": {"BLEU_1": 0.418, "BLEU_2": 0.274, "BLEU_3": 0.190, "BLEU_4": 0.136,
+                  "METEOR": 0.164, "ROUGE_L": 0.301, "CIDEr": 0.162,
+                  "clinical": {"precision": 0.426, "recall": 0.397, "f1": 0.402}},
 }
-FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # CheXpert's
-LABELS = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}  # 13: without No Finding
-READINGS = {"uncertain_negative": [1], "uncertain_positive": [1, 3]}  # the classes that are true
 HEADLINE = ("uncertain_negative", "14", "macro")  # A17: as R2Gen, whose rows Table 3 starts from
 PRF = ("precision", "recall", "f1")
 HEAD = (*PRF, "95 % of F1", "studies")
 MEANS = ("micro", "macro", "weighted", "example")
 RESAMPLES, TAIL = 1000, 25  # sets of resampled studies; 2.5 % of them on each side of an interval
 METEOR_SECONDS = 600  # for a corpus
+# Five letters of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which write no blanks.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{5}")
 
 
 # The text scores ----------------------------------------------------------------------------------
-
-def score(predictions: dict[str, str], references: dict[str, str],
-          meteor: bool = True) -> dict[str, float]:
-    """Corpus BLEU-1..4, METEOR 1.5, ROUGE-L and CIDEr-D, one reference a study: pycocoevalcap's.
-
-    Args:
-        predictions, references: {study id: text}, scored as they are, words split at blanks.
-        meteor: without it, and where `meteor_1_5` gives none, the key is missing.
-    Returns:
-        the keys of METRICS; CIDEr from 0 to 10, the others from 0 to 1.
-    Raises:
-        ValueError: no study, or not the same ids on both sides.
-    """
-    if not references or predictions.keys() != references.keys():
-        raise ValueError(f"score: got {len(predictions)} predictions for {len(references)} "
-                         "references; expected the same ids, at least one")
-    pairs = [(predictions[name], references[name]) for name in references]
-    scores = scores_of({"text": text_statistics(pairs)})
-    return scores | meteor_1_5(predictions, references) if meteor else scores
-
-
-def text_statistics(pairs: list[tuple[str, str]]) -> np.ndarray:
-    """(12, N): of each (prediction, reference) the numbers whose sums give a corpus's scores.
-
-    The rows: the ten of `bleu_statistics`, ROUGE-L, CIDEr-D, whose idf is that of all references.
-    """
-    predictions, references = zip(*pairs)
-    rouge = [rouge_l(*pair) for pair in pairs]
-    return np.array([*bleu_statistics(pairs), rouge, CiderD(references).each(predictions)])
-
-
-def text_scores(sums: np.ndarray, studies: int) -> dict[str, np.ndarray]:
-    """BLEU-1..4, ROUGE-L and CIDEr-D from sums of `text_statistics` over studies, (12, ...)."""
-    *counts, rouge, cider = sums
-    bleus = dict(zip(METRICS, bleu_scores(np.array(counts))))
-    return bleus | {"ROUGE_L": rouge / studies, "CIDEr": cider / studies}
-
 
 @lru_cache(maxsize=100_000)
 def _ngram_counts(text: str) -> tuple[Counter, ...]:
@@ -101,10 +71,10 @@ def _ngram_counts(text: str) -> tuple[Counter, ...]:
     return tuple(Counter(ngrams(words, n)) for n in range(1, 5))
 
 
-def bleu_statistics(pairs: list[tuple[str, str]]) -> np.ndarray:
+def bleu_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """(10, N): right 1- to 4-grams (clipped), written 1- to 4-grams, words of either text."""
     columns = []
-    for prediction, reference in pairs:
+    for prediction, reference in zip(predictions, references):
         length, correct = len(prediction.split()), []
         for ours, theirs in zip(_ngram_counts(prediction), _ngram_counts(reference)):
             clipped = (min(count, theirs[gram]) for gram, count in ours.items() if gram in theirs)
@@ -152,7 +122,7 @@ class CiderD:
     comes from the references given here.
     """
 
-    def __init__(self, references: list[str]):
+    def __init__(self, references: Sequence[str]):
         frequency = Counter()
         for text in references:
             for counts in _ngram_counts(text):
@@ -170,7 +140,7 @@ class CiderD:
             vectors.append((weights, math.sqrt(sum(w * w for w in weights.values()))))
         return vectors, _ngram_counts(text)[1].total()
 
-    def each(self, predictions: list[str]) -> list[float]:
+    def each(self, predictions: Sequence[str]) -> list[float]:
         """One value a study, in the order of the references."""
         vector = lru_cache(maxsize=1000)(self._vector)  # a constant report is one vector
         return [self._similarity(vector(text), reference)
@@ -186,29 +156,80 @@ class CiderD:
         return 10 * total / 4 * math.exp(-((ours[1] - theirs[1]) ** 2) / (2 * sigma**2))
 
 
-def meteor_1_5(predictions: dict[str, str], references: dict[str, str]) -> dict[str, float]:
-    """{"METEOR": METEOR 1.5 (Denkowski and Lavie, 2014), by pycocoevalcap's Java program}.
+# The scores that are means over studies: functions of N predictions and N references to N values.
+# Another one is one line more; metrics, intervals, --against, tables and page take it from here.
+EACH: dict[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] = {
+    "ROUGE_L": lambda predictions, references: list(map(rouge_l, predictions, references)),
+    "CIDEr": lambda predictions, references: CiderD(references).each(predictions),
+}
 
-    {} without Java or pycocoevalcap, or where the program fails or takes METEOR_SECONDS.
+
+def score_names() -> tuple[str, ...]:
+    """The text scores, in the order of the tables."""
+    return (*BLEUS, "METEOR", *EACH)
+
+
+def scores_of_each(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """(len(EACH), N): every score of EACH for each study."""
+    return np.array([function(predictions, references) for function in EACH.values()], dtype=float)
+
+
+@contextmanager
+def meteor_program() -> Iterator[Callable[[dict, dict], dict[str, float]]]:
+    """A function of predictions and references: {"METEOR": METEOR 1.5 (Denkowski and Lavie, 2014)}.
+
+    All calls share one Java program. They return {} without Java or pycocoevalcap, and once the
+    program has failed or taken METEOR_SECONDS for a corpus.
     """
     if shutil.which("java") is None or find_spec("pycocoevalcap") is None:
-        return {}
+        yield lambda predictions, references: {}
+        return
     from pycocoevalcap.meteor.meteor import Meteor
-    # A line is a request, and ||| parts its texts.
-    ours, theirs = ({name: [" ".join(text.replace("|||", "").split())]
-                     for name, text in texts.items()} for texts in (predictions, references))
     program = Meteor()
-    watchdog = threading.Timer(METEOR_SECONDS, program.meteor_p.kill)
-    watchdog.start()
+
+    def in_lines(texts: dict[str, str]) -> dict[str, list[str]]:
+        """A line is a request, and ||| parts its texts."""
+        return {name: [" ".join(text.replace("|||", "").split())] for name, text in texts.items()}
+
+    def meteor(predictions: dict[str, str], references: dict[str, str]) -> dict[str, float]:
+        watchdog = threading.Timer(METEOR_SECONDS, program.meteor_p.kill)
+        watchdog.start()
+        try:
+            return {"METEOR": program.compute_score(in_lines(references), in_lines(predictions))[0]}
+        except (OSError, ValueError):  # a pipe without a reader, an empty answer
+            return {}
+        finally:
+            watchdog.cancel()
+            if program.lock.locked():  # an error left it so, and the next call waits for it
+                program.lock.release()
     try:
-        return {"METEOR": program.compute_score(theirs, ours)[0]}
-    except (OSError, ValueError):  # a pipe without a reader, an empty answer
-        return {}
+        yield meteor
     finally:
-        watchdog.cancel()
         program.meteor_p.kill()
-        if program.lock.locked():  # an error left it so, and `Meteor.__del__` waits for it
-            program.lock.release()
+        with suppress(OSError):  # what was not read; `Meteor.__del__` would complain of it
+            program.meteor_p.stdin.close()
+
+
+def score(predictions: dict[str, str], references: dict[str, str],
+          meteor: bool = True) -> dict[str, float]:
+    """Corpus BLEU-1..4, METEOR 1.5, ROUGE-L and CIDEr-D, one reference a study: pycocoevalcap's.
+
+    Args:
+        predictions, references: {study id: text}, scored as they are, words split at blanks.
+        meteor: False leaves METEOR out.
+    Returns:
+        {name: value} for `score_names`; CIDEr from 0 to 10, the others from 0 to 1.
+    Raises:
+        ValueError: no study, or not the same ids on both sides.
+    """
+    if not references or predictions.keys() != references.keys():
+        raise ValueError(f"score: got {len(predictions)} predictions for {len(references)} "
+                         "references; expected the same ids, at least one")
+    scores = scores_of(study_statistics(predictions, references))
+    if not meteor:
+        return scores
+    with meteor_program() as meteor_1_5:
+        return scores | meteor_1_5(predictions, references)
 
 
 def best_constant(train_reports: list[str]) -> str:
@@ -223,8 +244,9 @@ def best_constant(train_reports: list[str]) -> str:
     candidates = [text for text, _ in frequent[:100]]
 
     def value(text: str) -> float:
-        sums = bleu_statistics([(text, reference) for reference in sample]).sum(axis=1)
-        return bleu_scores(sums)[3] + np.mean(cider.each([text] * len(sample)))
+        texts = [text] * len(sample)
+        bleu_4 = bleu_scores(bleu_statistics(texts, sample).sum(axis=1))[3]
+        return bleu_4 + np.mean(cider.each(texts))
     return max(tqdm(candidates, desc="best constant", leave=False), key=value)
 
 
@@ -237,17 +259,14 @@ def precision_recall_f1(both: np.ndarray, named: np.ndarray, true: np.ndarray) -
 
 
 def label_statistics(named: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """(3 L + 3, N) of (N, L) bool, N studies, L labels.
-
-    The rows: of each label, named and true; named; true. Then precision, recall, F1 of the study.
-    """
+    """(3 L + 3, N) of (N, L) bool: each label named and true, named, true; P, R, F1 of a study."""
     both = named & true
     of_study = precision_recall_f1(both.sum(axis=1), named.sum(axis=1), true.sum(axis=1))
     return np.vstack([both.T, named.T, true.T, of_study])
 
 
 def label_scores(sums: np.ndarray, studies: int) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 by every mean (A17), from sums of `label_statistics`, (3 L + 3, ...)
+    """Precision, recall and F1 by every mean (A17), from sums of `label_statistics`.
 
     micro: of all pairs of study and label; macro: mean over labels; weighted: the same, by the
     number of studies that have the label; example: mean over studies.
@@ -256,8 +275,8 @@ def label_scores(sums: np.ndarray, studies: int) -> dict[str, np.ndarray]:
     each = precision_recall_f1(both, named, true)
     micro = precision_recall_f1(both.sum(axis=0), named.sum(axis=0), true.sum(axis=0))
     weighted = (each * true).sum(axis=1) / np.maximum(true.sum(axis=0), 1)
-    means = zip(MEANS, (micro, each.mean(axis=1), weighted, sums[-3:] / studies))
-    return {f"{mean}_{key}": x for mean, values in means for key, x in zip(PRF, values)}
+    means = np.concatenate([micro, each.mean(axis=1), weighted, sums[-3:] / studies])
+    return dict(zip((f"{mean}_{key}" for mean, key in product(MEANS, PRF)), means))
 
 
 def each_label(statistics: np.ndarray, labels: Sequence[str]) -> dict[str, dict]:
@@ -269,42 +288,40 @@ def each_label(statistics: np.ndarray, labels: Sequence[str]) -> dict[str, dict]
 
 # Scores of the corpus, their intervals, and comparisons -------------------------------------------
 
-Statistics = dict[str, np.ndarray]  # {part: (K, N)}: by sums over studies, its scores
-
-
 def study_statistics(predictions: dict[str, str], references: dict[str, str],
-                     spec: dict | None = None, label: Callable | None = None) -> Statistics:
-    """{"text": (12, N), "findings" and "clinical.<reading>.<size>": (3 L + 3, N) for L labels}.
+                     spec: dict | None = None, label: Callable | None = None) -> dict:
+    """{part: (K, N)}: K numbers of each of N studies, from whose sums all scores follow.
 
-    The texts are {study id: text}; spec and label are findings.json and CheXbert, as in `measure`.
-    Both readings of "uncertain" are there, for 14, 13 and 5 labels (A17).
+    `text`: the rows of `bleu_statistics`, then of `scores_of_each`; `findings`, with findings.json,
+    and `clinical.<reading>.<size>` (A17), with CheXbert: those of `label_statistics`.
     """
     texts = {name: predictions[name] for name in references}
-    parts = {"text": text_statistics(list(zip(texts.values(), references.values())))}
+    ours, theirs = list(texts.values()), list(references.values())
+    parts = {"text": np.vstack([bleu_statistics(ours, theirs), scores_of_each(ours, theirs)])}
     if spec:
         parts["findings"] = label_statistics(*findings_matrices(texts, spec))
-    classes = [label(list(part.values())) for part in (texts, references)] if label else []
-    for reading, size in product(READINGS, LABELS) if label else ():
-        columns = [CONDITIONS.index(name) for name in LABELS[size]]
-        matrices = [np.isin(part, READINGS[reading])[:, columns] for part in classes]
-        parts[f"clinical.{reading}.{size}"] = label_statistics(*matrices)
+    if label:
+        for part, matrices in chexbert_matrices(label(ours), label(theirs)).items():
+            parts[f"clinical.{part}"] = label_statistics(*matrices)
     return parts
 
 
-def scores_of(statistics: Statistics, draws: np.ndarray | None = None) -> dict:
+def scores_of(statistics: dict, draws: np.ndarray | None = None) -> dict:
     """{"BLEU_1", .., "findings.micro_f1", ..} of all studies, or (R,) each of `resamples`.
 
-    Of resamples without precision and recall: these get no interval.
+    The labels' precision and recall get no interval, and are left out of resamples.
     """
     scores = {}
     for part, rows in statistics.items():
-        sums = rows.sum(axis=1) if draws is None else rows @ draws
-        found = (text_scores if part == "text" else label_scores)(sums, rows.shape[1])
-        prefix = "" if part == "text" else f"{part}."
-        scores |= {prefix + key: value for key, value in found.items()}
-    if draws is None:
-        return {name: float(value) for name, value in scores.items()}
-    return {name: value for name, value in scores.items() if not name.endswith(PRF[:2])}
+        sums, studies = rows.sum(axis=1) if draws is None else rows @ draws, rows.shape[1]
+        if part == "text":
+            values = [*bleu_scores(sums[:10]), *(sums[10:] / studies)]
+            scores |= zip((*BLEUS, *EACH), values)
+            continue
+        for key, value in label_scores(sums, studies).items():
+            if draws is None or key.endswith("f1"):
+                scores[f"{part}.{key}"] = value
+    return scores if draws is not None else {name: float(x) for name, x in scores.items()}
 
 
 def resamples(studies: int) -> np.ndarray:
@@ -315,12 +332,11 @@ def resamples(studies: int) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """The middle 95 % of (R,) values: two of them, so that of -values it is [-high, -low]."""
-    ordered = np.sort(values)
-    return [float(ordered[TAIL - 1]), float(ordered[-TAIL])]
+    """[low, high], the middle 95 % of (R,) values: as many lie below low as above high."""
+    return np.sort(values)[[TAIL - 1, -TAIL]].tolist()
 
 
-def intervals(statistics: Statistics) -> dict:
+def intervals(statistics: dict) -> dict:
     """95 % percentile bootstrap over studies: {score: [low, high]}, laid out as the scores.
 
     CIDEr's idf stays that of the whole split. METEOR has none: its program scores a corpus as one.
@@ -341,23 +357,20 @@ def nested(flat: dict) -> dict:
     return tree
 
 
-def compare(ours: list[Statistics], theirs: list[Statistics]) -> dict[str, dict]:
+def compare(ours: list[dict], theirs: list[dict]) -> dict[str, dict]:
     """The difference of two settings in every score but METEOR, and its paired 95 % interval.
 
-    Both sides are scored on the same resamples of studies. With several files a side, seeds of one
-    setting, a score is their mean, and the files are resampled too; of one file, the seed is not
-    in the interval.
+    Both sides are scored on the same resamples of studies. Several files a side are seeds of one
+    setting: a score is their mean, and the files are resampled too.
 
     Args: a side's files; a column is the same study in all of them.
     Returns: {score: {"a", "b", "difference": a - b, "interval": [low, high], "excludes_0"}}.
     """
     draws = resamples(ours[0]["text"].shape[1])
-    a, b = ([scores_of(statistics) for statistics in side] for side in (ours, theirs))
-    a, b = ({name: float(np.mean([scores[name] for scores in side])) for name in side[0]}
-            for side in (a, b))
-    # The seed goes with the better side, wherever it stands: swapped sides swap the sign only.
-    a_drawn = resampled_means(ours, draws, seed=1 + (a["BLEU_4"] > b["BLEU_4"]))
-    b_drawn = resampled_means(theirs, draws, seed=1 + (b["BLEU_4"] > a["BLEU_4"]))
+    a, b = (mean_scores(files, [1 / len(files)] * len(files)) for files in (ours, theirs))
+    # The better side has seed 2, the other one seed 1: swapped sides swap the sign and no more.
+    a_drawn = mean_scores(ours, file_weights(len(ours), 1 + (a["BLEU_4"] > b["BLEU_4"])), draws)
+    b_drawn = mean_scores(theirs, file_weights(len(theirs), 1 + (b["BLEU_4"] > a["BLEU_4"])), draws)
     found = {}
     for name in a_drawn:
         low, high = interval(a_drawn[name] - b_drawn[name])
@@ -366,21 +379,47 @@ def compare(ours: list[Statistics], theirs: list[Statistics]) -> dict[str, dict]
     return found
 
 
-def resampled_means(files: list[Statistics], draws: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """{score: (R,)}: in each resample of studies, the mean over n of the n files, drawn anew.
+def mean_scores(files: list[dict], weights: Sequence,
+                draws: np.ndarray | None = None) -> dict:
+    """`scores_of` each file, summed with its weight: a number, or one for each resample."""
+    means = {}
+    for weight, statistics in zip(weights, files):
+        for name, value in scores_of(statistics, draws).items():
+            means[name] = means.get(name, 0) + weight * value
+    return means
 
-    The mean of n drawn files has the variance (n - 1) / n * s^2 / n, where s^2 is the files'
-    unbiased one, and should have s^2 / n: with w' the share of a file among those drawn, its weight
-    is w = 1/n + sqrt(n / (n - 1)) * (w' - 1/n).
+
+def file_weights(n: int, seed: int) -> np.ndarray:
+    """(n, R): the weights of n files whose mean is that of n files drawn anew in each resample.
+
+    That mean has the variance (n - 1) / n * s^2 / n, where s^2 is the files' unbiased one, and
+    should have s^2 / n: with w' the share of a file among those drawn, its weight is
+    w = 1/n + sqrt(n / (n - 1)) * (w' - 1/n).
     """
-    n = len(files)
     share = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).T / n
-    weights = 1 / n + math.sqrt(n / max(n - 1, 1)) * (share - 1 / n)
-    drawn = [scores_of(statistics, draws) for statistics in files]
-    return {name: sum(w * scores[name] for w, scores in zip(weights, drawn)) for name in drawn[0]}
+    return 1 / n + math.sqrt(n / max(n - 1, 1)) * (share - 1 / n)
 
 
 # All scores of an evaluation, and their tables ----------------------------------------------------
+
+def tables(texts: dict[str, str], references: dict[str, str], cut: dict[str, str],
+           spec: dict | None, label: Callable | None, meteor: Callable) -> dict:
+    """All scores of {study id: text}, with their intervals; `cut`: the cut references, or {}."""
+    statistics = study_statistics(texts, references, spec, label)
+    scores = scores_of(statistics) | meteor(texts, references)
+    for part in statistics.keys() - {"text"}:
+        labels = LABELS.get(part.rpartition(".")[2]) or spec["phrases"]
+        scores[f"{part}.each"] = each_label(statistics[part], labels)
+    counts = {"n": len(texts), "distinct": len(set(texts.values()))}
+    found = counts | nested(scores) | {"intervals": intervals(statistics)}
+    if cut:
+        found["cut_references"] = counts | score(texts, cut, meteor=False) | meteor(texts, cut)
+    if spec:
+        found["findings"] |= findings_details(texts, spec, found["findings"]["each"])
+    if label:
+        found["clinical"]["headline"] = HEADLINE
+    return found
+
 
 def measure(rows: list[dict], config: Config, split: str, train_reports: list[str],
             spec: dict | None = None, label: Callable | None = None) -> dict:
@@ -395,52 +434,45 @@ def measure(rows: list[dict], config: Config, split: str, train_reports: list[st
     predictions = {row["id"]: row["prediction"] for row in rows}
     references = {row["id"]: row["reference"] for row in rows}
     cut = {row["id"]: row["reference_cut"] for row in rows if row.get("reference_cut") is not None}
-
-    def tables(texts: dict[str, str]) -> dict:
-        statistics = study_statistics(texts, references, spec, label)
-        scores = scores_of(statistics) | meteor_1_5(texts, references)
-        for part in statistics.keys() - {"text"}:
-            labels = LABELS.get(part.rpartition(".")[2]) or spec["phrases"]
-            scores[f"{part}.each"] = each_label(statistics[part], labels)
-        counts = {"n": len(texts), "distinct": len(set(texts.values()))}
-        found = counts | nested(scores) | {"intervals": intervals(statistics)}
-        if cut:
-            found["cut_references"] = counts | score(texts, cut)
-        if spec:
-            found["findings"] |= findings_details(texts, spec, found["findings"]["each"])
-        if label:
-            found["clinical"]["headline"] = HEADLINE
-        return found
-    metrics = tables(predictions) | {"constant": None, "paper": PAPER.get(config.data.dataset)}
-    if train_reports:
-        text = best_constant(train_reports)
-        metrics["constant"] = tables(dict.fromkeys(predictions, text)) | {"text": text}
+    constant = None
+    with meteor_program() as meteor:
+        judges = references, cut, spec, label, meteor
+        metrics = tables(predictions, *judges)
+        if train_reports:
+            text = best_constant(train_reports)
+            constant = tables(dict.fromkeys(predictions, text), *judges) | {"text": text}
     texts = {"predictions": predictions, "references": references, "cut_references": cut}
-    metrics["mean_words"] = {name: sum(len(text.split()) for text in part.values()) / len(part)
-                             for name, part in texts.items() if part}
-    metrics["notes"] = notes_on(metrics, rows, config, split)
-    return metrics
+    words = {name: " ".join(part.values()).split() for name, part in texts.items() if part}
+    means = {name: len(part) / len(rows) for name, part in words.items()}
+    metrics |= {"constant": constant, "paper": PAPER.get(config.data.dataset), "mean_words": means}
+    return metrics | {"notes": notes_on(metrics, rows, config, split)}
 
 
 def notes_on(metrics: dict, rows: list[dict], config: Config, split: str) -> list[str]:
     """Why a score is not there, or does not compare."""
-    notes, known = [], set().union(*(row["reference"] for row in rows))
-    strange = {c for row in rows for c in row["prediction"] if c not in known
-               and (c.isupper() or not c.isalnum() and not c.isspace())}
+    broken = sum("\n" in row["prediction"] or "\r" in row["prediction"] for row in rows)
+    unspaced = sum(bool(UNSPACED.search(row["reference"])) for row in rows)
+    foreign = set().union(*(row["prediction"] for row in rows))
+    foreign -= set().union(*(row["reference"] for row in rows))
+    strange = {c for c in foreign if c.isupper() or not (c.isalnum() or c.isspace())}
     uncleaned = sum(not strange.isdisjoint(row["prediction"]) for row in rows)
-    if "METEOR" not in metrics:
-        notes.append("METEOR: needs Java and `pip install pycocoevalcap`, and is ended after "
-                     f"{METEOR_SECONDS} seconds (looping text can keep it busy for ever)")
-    if metrics["paper"] and split != "test":
-        notes.append(f"paper: its row is of the test split, these scores are of {split}")
-    if metrics["constant"] is None:
-        notes.append(f"constant: needs the training reports; {config.data.root} holds none")
-    if "cut_references" not in metrics:
-        notes.append("cut_references: need the tokenizer of the LLM; the predictions hold none")
-    if uncleaned:
-        notes.append(f"predictions: {uncleaned} hold capitals or punctuation that no reference "
-                     "has; `--predictions FILE --clean` cleans them as the references are (A15)")
-    return notes
+    notes = [
+        ("METEOR" not in metrics, "METEOR: needs Java and `pip install pycocoevalcap`; is ended "
+         f"after {METEOR_SECONDS} seconds (looping text can keep it busy for ever)"),
+        (metrics["paper"] and split != "test",
+         f"paper: its row is of the test split, these scores are of {split}"),
+        (metrics["constant"] is None,
+         f"constant: needs the training reports; {config.data.root} holds none"),
+        ("cut_references" not in metrics, "cut_references: need the tokenizer of the LLM"),
+        (len(rows) == 1, "CIDEr: 0 for a single study: its words are in every reference (idf 0)"),
+        (broken, f"predictions: {broken} hold line breaks; ROUGE-L splits words at blanks only"),
+        (unspaced, f"references: {unspaced} hold words that no blanks part; all scores split words "
+         "at blanks, so put blanks between words, in the predictions too"),
+        (uncleaned and "cut_references" not in metrics,  # not of files of ours
+         f"predictions: {uncleaned} hold capitals or punctuation that no reference has; "
+         "--clean cleans a file of others as the references are (A15)"),
+    ]
+    return [note for holds, note in notes if holds]
 
 
 def print_table(title: str, head: Sequence[str], rows: list[tuple[str, Sequence]]) -> None:
@@ -461,43 +493,52 @@ def print_metrics(metrics: dict, name: str) -> None:
     n, distinct, words = metrics["n"], metrics["distinct"], metrics["mean_words"]
     print(f"\n{name}: {n} studies, {distinct} different reports ({distinct / n:.0%}), "
           f"{words['predictions']:.1f} words a report (references {words['references']:.1f})")
-    scored = [("model", metrics), ("best constant report", metrics["constant"])]
-    scored = [(title, row) for title, row in scored if row]
-    paper = metrics["paper"] or {}
-    rows = [*scored, ("paper, VDGen", paper)]
-    rows += [(f"{title}, cut references", row["cut_references"])
-             for title, row in scored if "cut_references" in row]
-    lines = [(title, [row.get(key) for key in METRICS]) for title, row in rows]
-    ends = zip(*(metrics["intervals"].get(key, (None, None)) for key in METRICS))
-    lines[1:1] = zip(("  95 % interval from", "  to"), ends)
-    print_table("", METRICS, lines)
+    scored = {"model": metrics, "best constant report": metrics["constant"]}
+    scored = {title: row for title, row in scored.items() if row}
+    paper, names = metrics["paper"] or {}, score_names()
+    rows = scored | ({"paper, VDGen": paper} if paper else {})
+    rows |= {f"{title}, cut references": row["cut_references"]
+             for title, row in scored.items() if "cut_references" in row}
+    lines = [(title, list(map(row.get, names))) for title, row in rows.items()]
+    ends = [metrics["intervals"].get(key, (None, None)) for key in names]
+    lines[1:1] = zip(("  95 % interval from", "  to"), zip(*ends))
+    print_table("", names, lines)
     if "findings" in metrics:
-        lines = [(key, [None, None, metrics["findings"][key]])
-                 for key in ("macro_f1_frequent", "macro_f1_rare", "side", "extent")]
-        print_table("findings", HEAD, label_lines(scored, "findings", each=True) + lines)
+        part = metrics["findings"]
+        lines = mean_lines(scored, "findings") + label_lines(part)
+        for key in ("macro_f1_frequent", "macro_f1_rare", "side", "extent"):
+            lines.append((key, [None, None, part[key]]))
+        print_table("findings", HEAD, lines)
     if "clinical" in metrics:
         reading, size, mean = HEADLINE
-        lines = label_lines(scored, "clinical", reading, size, each=True)
+        lines = mean_lines(scored, f"clinical.{reading}.{size}")
+        lines += label_lines(metrics["clinical"][reading][size])
         if "clinical" in paper:
             lines.insert(0, ("paper, VDGen (average not stated)", paper["clinical"].values()))
         print_table(f"CheXbert, {size} labels, {reading}; headline: {mean}", HEAD, lines)
-        lines = [label_lines([(" ".join(path), metrics)], "clinical", *path)
-                 for path in product(READINGS, LABELS)]
-        print_table("CheXbert, every average", HEAD[:4], sum(lines, []))
+        lines = []
+        for reading, size in product(READINGS, LABELS):
+            lines += mean_lines({f"{reading} {size}": metrics}, f"clinical.{reading}.{size}")
+        print_table("CheXbert, every average", HEAD[:4], lines)
     for note in metrics["notes"]:
         print("note:", note)
 
 
-def label_lines(rows: list[tuple[str, dict]], *path: str, each: bool = False) -> list:
-    """Rows of a table, of the part at that path of the metrics: its means; the first's labels."""
-    lines, whole = [], reduce(getitem, path, rows[0][1])
-    for title, row in rows:
-        part, ends = (reduce(getitem, path, tree) for tree in (row, row["intervals"]))
+def mean_lines(scored: dict[str, dict], part: str) -> list:
+    """Rows of a table: precision, recall and F1 by every mean, of a part "a.b"."""
+    lines = []
+    for title, row in scored.items():
+        values, ends = (reduce(getitem, part.split("."), tree) for tree in (row, row["intervals"]))
         for mean in MEANS:
-            within = "{:.3f} to {:.3f}".format(*ends[f"{mean}_f1"])
-            lines.append((f"{mean}, {title}", [*(part[f"{mean}_{key}"] for key in PRF), within]))
-    return lines + [(label, [*(row[key] for key in PRF), None, row["studies"]])
-                    for label, row in (whole["each"].items() if each else ())]
+            cells, (low, high) = [values[f"{mean}_{key}"] for key in PRF], ends[f"{mean}_f1"]
+            lines.append((f"{mean}, {title}", [*cells, f"{low:.3f} to {high:.3f}"]))
+    return lines
+
+
+def label_lines(part: dict) -> list:
+    """Rows of a table: precision, recall and F1 of every label, and the studies that have it."""
+    return [(label, [*map(row.get, PRF), None, row["studies"]])
+            for label, row in part["each"].items()]
 
 
 def print_comparison(found: dict[str, dict]) -> None:
@@ -522,8 +563,8 @@ def write_reports(model: VDGen,
     share = [batch.tolist() for batch in batches[rank::world]]
     was_training, reports, visual_embeds = model.training, {}, {}
     model.eval()
-    for batch in tqdm(loader(dataset, share, data.num_workers, model.device), desc="generate",
-                      unit="batch", leave=False):
+    read = loader(dataset, share, data.num_workers, model.device)
+    for batch in tqdm(read, "generate", len(share), unit="batch", leave=False):
         texts, embeds = model.generate(batch["images"], batch["view_counts"])
         reports |= zip(batch["ids"], texts)
         visual_embeds |= zip(batch["ids"], embeds.tolist())
@@ -531,9 +572,9 @@ def write_reports(model: VDGen,
     if world > 1:
         parts = [None] * world
         torch.distributed.all_gather_object(parts, (reports, visual_embeds))
-        for some_reports, some_embeds in parts:
-            reports |= some_reports
-            visual_embeds |= some_embeds
+        for part in parts:
+            reports |= part[0]
+            visual_embeds |= part[1]
     return reports, visual_embeds
 
 
@@ -542,58 +583,53 @@ def results_name(checkpoint: Path, split: str) -> str:
     return split if checkpoint.stem == "best" else f"{checkpoint.stem}_{split}"
 
 
-def made_of(model: VDGen, split: str, studies: Sequence[Study]) -> dict:
-    """Weights, decoding and data of an evaluation, as its metrics keep them."""
-    return {"split": split, "step": model.step, "generate": asdict(model.config.generate),
-            "precision": model.config.train.precision, "studies": digest(studies), "clean": False}
-
-
-def made_before(path: Path) -> dict:
-    """`made_of` of the `<name>_metrics.json` at that path; {} if there is none."""
-    return json.loads(path.read_text(encoding="utf-8"))["made_of"] if path.is_file() else {}
-
-
-def require_place(path: Path, made: dict) -> None:
-    """Before anything is generated: `<name>_metrics.json` can be written, and replaces no other."""
-    trial = path.with_suffix(".trial")
+def require_writable(folder: Path) -> None:
+    """OSError, before anything is computed, where no file could be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink(missing_ok=True)  # another rank may have been faster
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"cannot write into {path.parent} ({error.strerror}); --out FOLDER names "
+        raise OSError(f"cannot write into {folder} ({error.strerror}); --out FOLDER names "
                       "another") from None
-    old = made_before(path)
-    for key in {**old, **made} if old else ():
-        if old.get(key) != made.get(key):
-            raise InputError(f"{path} is another result: its {key} is {old.get(key)}, not "
-                             f"{made.get(key)}; --name NAME keeps both")
+
+
+def require_none_there(path: Path) -> None:
+    """A predictions file holds hours of work: no other evaluation replaces it."""
+    if path.exists():
+        raise InputError(f"{path} is there already; --name NAME or --out FOLDER keeps both")
 
 
 def evaluate(model: VDGen, split: str, splits: dict[str, Sequence[Study]], folder: Path,
-             name: str | None = None, written: tuple[dict, dict] | None = None,
-             chexbert: Path | None = None) -> dict:
-    """Generate (unless `written` holds what `write_reports` returned) and score one split.
+             name: str | None = None, replace: bool = False, chexbert: Path | None = None) -> dict:
+    """Generate and score one split: `<name>_predictions.jsonl`, `_metrics.json`, `_report.html`.
 
-    `name`: what the files begin with; default: the split. Returns the metrics; {} on ranks after
-    the first.
+    Args:
+        name: what the files begin with; default: the split.
+        replace: of train.py. Without it, predictions that are there raise InputError.
+    Returns: the metrics; {} on ranks after the first.
     """
     name, studies = name or split, splits[split]
-    reports, visual_embeds = written or write_reports(model, studies)
+    path = folder / f"{name}_predictions.jsonl"
+    if not replace:
+        require_none_there(path)
+    require_writable(folder)
+    reports, visual_embeds = write_reports(model, studies)
     if ranks()[0]:
         return {}
-    limit, tokenizer = model.config.data.reference_cut_tokens, model.tokenizer
+    config, tokenizer = model.config, model.tokenizer
     rows = rows_of(studies)
     points = principal_plane(np.array([visual_embeds[row["id"]] for row in rows]))
-    for row, point in zip(rows, points):
-        row["prediction"] = reports[row["id"]]
-        row["visual_pca"] = [round(float(value), 5) for value in point]
-        ids = tokenizer(row["reference"], add_special_tokens=False).input_ids[:limit]
+    for row, point in zip(rows, points.round(5).tolist()):
+        row |= {"prediction": reports[row["id"]], "visual_pca": point}
+        ids = tokenizer(row["reference"], add_special_tokens=False).input_ids
+        ids = ids[:config.data.reference_cut_tokens]
         row["reference_cut"] = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
-    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-    write_whole(folder / f"{name}_predictions.jsonl", "".join(lines))
-    made = made_of(model, split, studies)
-    return write_results(folder, name, rows, model.config, splits, made, chexbert)
+    if not replace:  # another evaluation may have been faster
+        require_none_there(path)
+    write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    made = {"split": split, "step": model.step, "generate": dataclasses.asdict(config.generate),
+            "precision": config.train.precision, "studies": digest(studies), "clean": False}
+    return write_results(folder, name, rows, config, splits, made, chexbert)
 
 
 def rows_of(studies: Sequence[Study]) -> list[dict]:
@@ -603,7 +639,10 @@ def rows_of(studies: Sequence[Study]) -> list[dict]:
 
 def write_results(folder: Path, name: str, rows: list[dict], config: Config,
                   splits: dict[str, Sequence[Study]], made: dict, chexbert: Path | None) -> dict:
-    """Score, print, and write `<name>_metrics.json` and `<name>_report.html`."""
+    """Score, print, and write `<name>_metrics.json` and `<name>_report.html`.
+
+    `made`: the record of weights, decoding, data and cleaning that the metrics keep as `made_of`.
+    """
     spec = read_findings(config.data, [row["id"] for row in rows])
     label = chexbert_labeller(chexbert) if chexbert else None
     train_reports = [study.report for study in splits["train"]]
@@ -612,72 +651,50 @@ def write_results(folder: Path, name: str, rows: list[dict], config: Config,
     metrics["sections"] = studies[0].sections if studies else None
     if metrics["sections"]:  # A19: scores of different sections do not compare
         metrics["notes"].append(f"reports: the sections {metrics['sections']} (A19)")
-    metrics["made_of"] = made
+    metrics["made_of"] = made | {"chexbert": chexbert and chexbert.name}
     text = json.dumps(metrics, indent=1, allow_nan=False)
     write_whole(folder / f"{name}_metrics.json", text + "\n")
 
-    pairs = [(row["prediction"], row["reference"]) for row in rows]
-    rouge, cider = text_statistics(pairs)[-2:].tolist()
-    scored = [row | {"rouge_l": r, "cider": c} for row, r, c in zip(rows, rouge, cider)]
+    predictions = [row["prediction"] for row in rows]
+    references = [row["reference"] for row in rows]
+    values = scores_of_each(predictions, references).T.tolist()
+    scored = [row | {"scores": dict(zip(EACH, its))} for row, its in zip(rows, values)]
     classes = label and (lambda text: dict(zip(CONDITIONS, label([text])[0])))
-    shown = {"split": made["split"], "names": METRICS, "config": config.to_dict()}
-    draw_page(folder / f"{name}_report.html", scored, Path(config.data.root) / "images",
-              shown | {"metrics": metrics}, spec, classes)
+    shown = {"split": made["split"], "names": score_names(), "config": config.to_dict(),
+             "metrics": metrics}
+    images = Path(config.data.root) / "images"
+    draw_page(folder / f"{name}_report.html", scored, images, shown, spec, classes)
     print_metrics(metrics, name)
     return metrics
 
 
 # Files of predictions -----------------------------------------------------------------------------
 
-def read_predictions(path: Path) -> list[dict]:
-    """The rows of a `<name>_predictions.jsonl`; or {"id", "prediction"} of a JSON {id: report}.
-
-    R2GenGPT and its heirs write {id: [report]}. Raises FileNotFoundError, or InputError for
-    another file.
-    """
-    expected = "expected a JSON {id: report}, or one JSON object a line with id and prediction"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of predictions")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
-            rows = [{"id": name, "prediction": its[0] if isinstance(its, list) and its else its}
-                    for name, its in json.loads(text).items()]
-        else:  # a text may hold Unicode's own line ends
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        for n, row in enumerate(rows, 1):
-            if not isinstance(row["id"], str) or not isinstance(row["prediction"], str):
-                raise InputError(f"number {n} is {row!r:.100}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: {expected}; got {type(error).__name__}: {error}") from None
-    names = Counter(row["id"] for row in rows)
-    if not rows or len(names) < len(rows):
-        raise InputError(f"{path}: {len(rows)} predictions of {len(names)} studies; {expected}, "
-                         "each id once")
-    return rows
-
-
 def read_files(args: argparse.Namespace, config: Config | None,
                splits: dict[str, Sequence[Study]]) -> dict[Path, list[dict]]:
-    """{path: rows} of all files, in one order, each row with its reference; cleaned by --clean.
+    """{path: rows} of all files, in one order, each row with its reference.
 
-    The references are those of the first file that holds them; of the data, if --split names one
-    or no file holds any. Raises InputError where a file is of other studies or references.
+    A file of others holds no references; --clean cleans it. References are those of the first file
+    that holds them; of the data, if --split names one or no file holds any.
     """
     files = {path: read_predictions(path) for path in (*args.predictions, *(args.against or ()))}
-    holders = [path for path, rows in files.items() if all("reference" in row for row in rows)]
-    source = holders[0] if holders and not args.split else choose_split(splits, args.split)
+    ours = [path for path, rows in files.items() if "reference" in rows[0]]
+    if args.clean and len(ours) == len(files):
+        raise InputError(f"--clean: {ours[0]} holds references: it is ours, and is scored as "
+                         "decoded; --clean is for files of others")
+    source = ours[0] if ours and not args.split else choose_split(splits, args.split)
     known = {row["id"]: row for row in files.get(source) or rows_of(splits[source])}
     for path, rows in files.items():
-        wrong = known.keys() ^ {row["id"] for row in rows}
-        wrong = wrong or {row["id"] for row in rows
-                          if row.get("reference") not in (None, known[row["id"]]["reference"])}
+        if args.clean and path not in ours:
+            for row in rows:
+                row["prediction"] = CLEANING[config.data.dataset](row["prediction"])
+        own = {row["id"]: row for row in rows}
+        wrong = known.keys() ^ own.keys()
+        wrong = wrong or {name for name, row in known.items()
+                          if own[name].get("reference", row["reference"]) != row["reference"]}
         if wrong:
             raise InputError(f"{path} and {source}: {len(wrong)} studies, such as {min(wrong)!r}, "
                              "are in one only or have another reference")
-        for row in rows if args.clean else ():
-            row["prediction"] = CLEANING[config.data.dataset](row["prediction"])
-        own = {row["id"]: row for row in rows}
         files[path] = [row | own[name] for name, row in known.items()]
     return files
 
@@ -686,8 +703,7 @@ def choose_split(splits: dict[str, Sequence[Study]], named: str | None) -> str:
     """--split; else test if there is one, else val. InputError where it has no studies."""
     split = named or ("test" if splits["test"] else "val")
     if not splits[split]:
-        held = ", ".join(name for name, studies in splits.items() if studies) or "none"
-        raise InputError(f"--split {split}: the data (--config, data.root) has only {held}")
+        raise InputError(f"--split {split}: the data (--config, data.root) has no such studies")
     return split
 
 
@@ -710,14 +726,14 @@ def data_of(args: argparse.Namespace) -> tuple[Config | None, dict[str, Sequence
 def score_predictions(args: argparse.Namespace) -> None:
     """--predictions: score a file without a model."""
     path, (config, splits) = args.predictions[0], data_of(args)
-    own = path.stem.removesuffix("_predictions")
-    name, folder, made = args.name or own, args.out or path.parent, {}
-    if path.name == f"{own}_predictions.jsonl":
-        made = made_before(path.with_name(f"{own}_metrics.json"))
+    rows, stem = read_files(args, config, splits)[path], path.stem.removesuffix("_predictions")
+    name, folder = args.name or stem, args.out or path.parent
+    require_writable(folder)
+    made, before = {"file": path.name}, path.with_name(f"{stem}_metrics.json")
+    if stem != path.stem and before.is_file():  # keep what it says of the generation
+        made = read_json(before, "the metrics of an evaluation").get("made_of", made)
     split = args.split or made.get("split") or ("test" if splits["test"] else "val")
-    made = (made or {"file": path.name}) | {"split": split, "clean": args.clean}
-    require_place(folder / f"{name}_metrics.json", made)
-    rows = read_files(args, config, splits)[path]
+    made |= {"split": split, "clean": args.clean}
     write_results(folder, name, rows, config, splits, made, args.chexbert)
 
 
@@ -725,22 +741,49 @@ def score_against(args: argparse.Namespace) -> None:
     """--against: `compare` two settings, each of one file or of seeds; `<name>_against.json`."""
     ours, theirs, (config, splits) = args.predictions, args.against, data_of(args)
     files = read_files(args, config, splits)
+    name = args.name or ours[0].stem.removesuffix("_predictions")
+    folder = args.out or ours[0].parent
+    require_writable(folder)
     references = {row["id"]: row["reference"] for row in files[ours[0]]}
     spec = read_findings(config.data, references) if config else None
     label = chexbert_labeller(args.chexbert) if args.chexbert else None
 
-    def statistics(path: Path) -> Statistics:
+    def statistics(path: Path) -> dict:
         reports = {row["id"]: row["prediction"] for row in files[path]}
         return study_statistics(reports, references, spec, label)
     found = compare(list(map(statistics, ours)), list(map(statistics, theirs)))
     about = {"a": list(map(str, ours)), "b": list(map(str, theirs)), "n": len(references)}
-    name = args.name or ours[0].stem.removesuffix("_predictions")
     text = json.dumps(about | {"scores": nested(found)}, indent=1, allow_nan=False)
-    write_whole((args.out or ours[0].parent) / f"{name}_against.json", text + "\n")
+    write_whole(folder / f"{name}_against.json", text + "\n")
     print(f"{len(references)} studies; A: {', '.join(about['a'])}; B: {', '.join(about['b'])}")
     print_comparison(found)
     if 1 in (len(ours), len(theirs)):
         print("note: of a side of one file, what another seed would change is not in the intervals")
+
+
+def score_checkpoint(args: argparse.Namespace) -> None:
+    """--checkpoint: generate and score; with --config on its data and with its decoding."""
+    of_both = [text for text in args.set if text.startswith(("data.", "generate."))]
+    other = load_config(args.config, of_both) if args.config else None  # --set wins over both
+    model = load_checkpoint(args.checkpoint, args.set)
+    if other:
+        model.config = dataclasses.replace(model.config, data=other.data, generate=other.generate)
+    build_demo_if_missing(model.config.data)
+    splits = read_studies(model.config.data)
+    split = choose_split(splits, args.split)
+    folder = args.out or args.checkpoint.parent
+    name = args.name or results_name(args.checkpoint, split)
+    evaluate(model, split, splits, folder, name, chexbert=args.chexbert)
+
+
+def write_one(args: argparse.Namespace) -> None:
+    """--images: print the report of one study."""
+    for problem in filter(None, map(image_problem, args.images)):
+        raise InputError(problem)
+    model = load_checkpoint(args.checkpoint, args.set)
+    views = torch.stack([read_image(path, model.image_size) for path in args.images])
+    reports, _ = model.generate(views, [len(views)])
+    print(reports[0])
 
 
 # What each mode uses: flags, and keys of --set.
@@ -749,7 +792,7 @@ USES = {
     "against": ("predictions config split chexbert clean name out set", "data."),
     "predictions": ("config split chexbert clean name out set", "data."),
     "images": ("checkpoint set", OF_MODEL),
-    "checkpoint": ("split chexbert name out set", OF_MODEL),
+    "checkpoint": ("config split chexbert name out set", OF_MODEL),
 }
 
 
@@ -766,8 +809,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--split", choices=SPLITS, help="default: test if there is one, else val")
     add("--chexbert", type=Path, help="chexbert.pth: clinical efficacy (Table 3)")
     add("--images", nargs="+", type=Path, help="the views of one study")
-    add("--config", type=Path, help="of the data; default: config.yaml beside --predictions")
-    add("--clean", action="store_true", help="clean predictions as the references are (A15)")
+    add("--config", type=Path, help="of the data, and with --checkpoint of the decoding; default: "
+        "the run's own")
+    add("--clean", action="store_true", help="clean files of others as references are (A15)")
     add("--name", help="what the files begin with; default: the split")
     add("--out", type=Path, metavar="FOLDER", help="default: beside what is scored")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
@@ -789,23 +833,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    if args.against:
+        return score_against(args)
     if args.predictions:
-        return score_against(args) if args.against else score_predictions(args)
-    for problem in filter(None, map(image_problem, args.images or [])):
-        raise InputError(problem)
-    join_ranks()
-    model = load_checkpoint(args.checkpoint, args.set)
+        return score_predictions(args)
     if args.images:
-        views = torch.stack([read_image(path, model.image_size) for path in args.images])
-        reports, _ = model.generate(views, [len(views)])
-        return print(reports[0])
-    build_demo_if_missing(model.config.data)
-    splits = read_studies(model.config.data)
-    split = choose_split(splits, args.split)
-    folder = args.out or args.checkpoint.parent
-    name = args.name or results_name(args.checkpoint, split)
-    require_place(folder / f"{name}_metrics.json", made_of(model, split, splits[split]))
-    evaluate(model, split, splits, folder, name, chexbert=args.chexbert)
+        return write_one(args)
+    join_ranks()
+    score_checkpoint(args)
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ def report_loss(logits: Tensor, targets: Tensor) -> Tensor:
         scalar, nats per report token.
     Raises:
         ValueError: shapes that do not fit; on a CPU also an id outside the vocabulary, or no target
-            left. A GPU would have to be waited for: there the first ends in PyTorch's own
-            assertion, and the second in nan.
+            left. On a GPU both checks would make the host wait: an id outside the vocabulary ends
+            in PyTorch's own assertion, and no target left gives nan.
     """
     if logits.shape[:-1] != targets.shape or logits.dim() < 2:
         raise ValueError(f"report_loss: logits have shape {tuple(logits.shape)}, targets "

@@ -12,25 +12,27 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partialmethod
+from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.distributed
 from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM,
                           AutoTokenizer, GenerationConfig)
 from transformers.pytorch_utils import Conv1D
 
-from configs import PROMPT, Config, InputError, parse_config
+from configs import Config, InputError, Model, parse_config
 from configs.files import first_line, pretrained, read_checkpoint
 from losses import IGNORED, did_loss, own_report_nearest, report_loss, vse_loss
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# PyTorch's default: generation normalises by the last ten batches or so of training. A folder's own
-# may hold on to its pretraining's statistics for a whole run, or know the last batch alone (A11).
+# PyTorch's default: generation normalises by the last ten batches or so of training. The momentum
+# of a folder may keep the statistics of its pretraining for a whole run, or those of the last batch
+# only (A11).
 BATCH_NORM_MOMENTUM = 0.1
 TEACHER_MAX_TOKENS = 512  # where BERT-like teachers end; longer reports are cut, for every teacher
 TEACHER_BATCH = 16  # fixed: the padding of a batch changes bfloat16 results in the last digit (A5)
@@ -59,8 +61,12 @@ class VDGen(nn.Module):
 
         # Sec. 3.2: the encoder, all of it trained (A11), and the LayerNorm on X^e (A26)
         self.vision = vision
-        size = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2 where any will do
-        self.image_size = size if isinstance(size, int) else size[0]
+        own = getattr(vision.config, "image_size", 224)  # Sec. 4.1.2 where any will do
+        own = own if isinstance(own, int) else own[0]
+        self.image_size = config.model.image_size or own
+        can_interpolate = "interpolate_pos_encoding" in signature(vision.forward).parameters
+        another_size = can_interpolate and self.image_size != own
+        self.vision_options = {"interpolate_pos_encoding": True} if another_size else {}
         self.visual_token_count, D = self.measure_encoder()
         for layer in vision.modules():  # A11: an encoder of Sec. 3.1 may have some; Swin has none
             if isinstance(layer, nn.BatchNorm2d):
@@ -81,13 +87,17 @@ class VDGen(nn.Module):
         self.llm = llm if lora is None else get_peft_model(llm, LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
             target_modules=list(lora.target_modules), task_type="CAUSAL_LM"))
+        for layer in self.llm.modules():  # autocast casts; PEFT would cast to float32 and it back
+            if isinstance(layer, BaseTunerLayer):
+                layer.cast_input_dtype_enabled = False
         if config.train.recompute:
             enable_recompute(vision)
             enable_recompute(llm)
 
         # The prompt and the pixels' scale: constants, in no checkpoint
         self.eos_id, bos_id = tokenizer.eos_token_id, tokenizer.bos_token_id
-        before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in PROMPT)
+        before, after = (tokenizer(text, add_special_tokens=False).input_ids
+                         for text in config.model.prompt)
         self.bos_ids = [] if bos_id is None else [bos_id]  # A9
         constants = {"before_ids": torch.tensor(self.bos_ids + before),
                      "after_ids": torch.tensor(after),
@@ -95,6 +105,14 @@ class VDGen(nn.Module):
                      "image_std": torch.tensor(image_std).view(3, 1, 1)}
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
+        texts = {"data.max_report_tokens": config.data.max_report_tokens,
+                 "generate.max_new_tokens": config.generate.max_new_tokens}
+        context = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
+        prompt = len(self.bos_ids) + len(before) + self.visual_token_count + len(after)
+        for key, tokens in texts.items():
+            if context and prompt + tokens > context:
+                raise InputError(f"{key}: a prompt of {prompt} tokens and {tokens} more do not fit "
+                                 f"the {context} places of {config.model.llm}; lower it")
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -114,28 +132,30 @@ class VDGen(nn.Module):
         """S and D of X^e, from one pass of a blank image: families name them differently.
 
         Parameters that X^e does not depend on, such as a pooler's or the token of masked patches,
-        are frozen: DDP would wait for their gradient.
+        are frozen: DDP would wait for their gradient. The encoder's mode stays as it is.
         """
         kind, parameters = type(self.vision).__name__, list(self.vision.parameters())
         if kind.startswith("ViTMAE") and self.vision.config.mask_ratio:
             raise InputError(f"model.vision: {kind} leaves out patches at random (mask_ratio), in "
                              f"generation, too; convert it to a plain ViT, or name another encoder")
         image = torch.zeros(1, 3, self.image_size, self.image_size, device=parameters[0].device)
+        was_training = self.vision.training
         self.vision.requires_grad_().eval()
         with torch.enable_grad():
             try:
-                hidden = self.vision(image).last_hidden_state
+                hidden = self.vision(image, **self.vision_options).last_hidden_state
             except Exception as error:  # of whatever family it is
                 raise InputError(f"model.vision: {kind} gives no last_hidden_state of an image "
                                  f"({first_line(error)}); name an encoder of images") from None
             reached = torch.autograd.grad(hidden.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, reached):
             parameter.requires_grad_(gradient is not None)
+        self.vision.train(was_training)
         return _as_tokens(hidden).shape[1:]
 
     def forward(self, images: Tensor, view_counts: list[int], report_ids: Tensor,
                 report_lengths: list[int], teacher_embed: Tensor | None
-                ) -> tuple[dict[str, Tensor], Tensor | None]:
+                ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The unweighted terms of Eq. 8 for one batch of B studies: see `encode` and `losses`."""
         visual_tokens = self.encode(images, view_counts)
         return self.losses(visual_tokens, report_ids, report_lengths, teacher_embed)
@@ -150,11 +170,18 @@ class VDGen(nn.Module):
             (B, S, D) float32.
         """
         pixels = (images.to(self.device).float() / 255 - self.image_mean) / self.image_std
-        tokens = self.norm(_as_tokens(self.vision(pixels).last_hidden_state).float())
+        hidden = self.vision(pixels, **self.vision_options).last_hidden_state
+        tokens = self.norm(_as_tokens(hidden).float())
         return torch.stack([views.mean(dim=0) for views in tokens.split(view_counts)])
 
+    @staticmethod
+    def pool(visual_tokens: Tensor) -> Tensor:
+        """Sec. 3.2: h, the mean of the visual tokens: (B, S, D) to (B, D)."""
+        return visual_tokens.mean(dim=1)
+
     def losses(self, visual_tokens: Tensor, report_ids: Tensor, report_lengths: list[int],
-               teacher_embed: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+               teacher_embed: Tensor | None
+               ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """VSE, DID and the report loss, from X^e (B, S, D) on.
 
         Args:
@@ -165,11 +192,11 @@ class VDGen(nn.Module):
             terms: {"vse": ..., "did": ..., "report": ...}, scalars in nats; one of weight 0 is left
                 out. With several ranks the mean of each over the ranks is the term of the whole
                 batch, and the mean of its gradients the gradient.
-            did_top1: share of the images whose own report is the nearest of the batch (chance 1/B);
-                None without DID.
+            measures: what is logged beside them. "did_top1": the share of the images whose own
+                report is the nearest of the batch (chance 1/B); not there without DID.
         """
-        terms, did_top1, loss = {}, None, self.config.loss
-        visual_embed = visual_tokens.mean(dim=1)  # h
+        terms, measures, loss = {}, {}, self.config.loss
+        visual_embed = self.pool(visual_tokens)  # h
         with torch.autocast(self.device.type, enabled=False):  # B rows: float32 costs nothing here
             if self.vse_head is not None:  # Sec. 3.2
                 z = gathered(self.vse_head(visual_embed))
@@ -178,9 +205,10 @@ class VDGen(nn.Module):
                 image_embed = gathered(visual_embed)
                 text_embed = gathered(self.did_head(teacher_embed))
                 terms["did"] = did_loss(image_embed, text_embed, loss.did_temperature)
-                did_top1 = own_report_nearest(image_embed, text_embed).float().mean()
+                nearest = own_report_nearest(image_embed, text_embed)
+                measures["did_top1"] = nearest.float().mean()
         terms["report"] = self.report_term(visual_tokens, report_ids, report_lengths)  # Sec. 3.4
-        return terms, did_top1
+        return terms, measures
 
     def embed_prompt(self, visual_tokens: Tensor) -> Tensor:
         """Sec. 3.4: BOS and the prompt, and in it the visual tokens, projected (A7).
@@ -219,20 +247,21 @@ class VDGen(nn.Module):
         Arguments: `encode`. Returns: B reports, and h (B, D).
         """
         settings = self.config.generate
+        of_beams = {"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}
         options = GenerationConfig(
-            do_sample=False, num_beams=settings.num_beams,
-            repetition_penalty=settings.repetition_penalty, length_penalty=settings.length_penalty,
+            do_sample=False, num_beams=settings.num_beams, **of_beams,
+            repetition_penalty=settings.repetition_penalty,
             min_new_tokens=settings.min_new_tokens, max_new_tokens=settings.max_new_tokens,
             eos_token_id=self.eos_id, pad_token_id=self.eos_id)
-        with warnings.catch_warnings(), self.autocast(), disable_input_dtype_casting(self.llm):
-            # A14: the penalty is meant for the report alone, as this warning says that it works.
+        with warnings.catch_warnings(), self.autocast():
+            # A14 wants what this warning says: the penalty counts the tokens of the report alone.
             warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
             visual_tokens = self.encode(images, view_counts)
             prompt = self.embed_prompt(visual_tokens)
             mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=self.device)
             written = self.causal_lm.generate(inputs_embeds=prompt, attention_mask=mask,
                                               generation_config=options)
-        return [self.decode(ids) for ids in written.tolist()], visual_tokens.mean(dim=1)
+        return [self.decode(ids) for ids in written.tolist()], self.pool(visual_tokens)
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the end token; padding after it may be any token (A9)."""
@@ -262,6 +291,21 @@ class VDGen(nn.Module):
         if damaged:
             raise InputError(f"checkpoint: {damaged[0]} holds values that are not finite")
         self.load_state_dict(state, strict=False)
+
+    def load_what_fits(self, state: dict[str, Tensor]) -> None:
+        """`train.init_from`: the tensors that this model has, too; prints which ones do not fit."""
+        own = self.trained_state()
+        fits = {name: value for name, value in state.items()
+                if name in own and own[name].shape == value.shape}
+        others = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(),
+                  "of another shape": (own.keys() & state.keys()) - fits.keys()}
+        for what, names in others.items():
+            if names:
+                shown = ", ".join(sorted(names))
+                print(f"train.init_from: {len(names)} tensors are {what}: {shown}")
+        if not fits:
+            raise InputError("train.init_from: no tensor of that checkpoint fits this model")
+        self.load_state_dict(fits, strict=False)
 
 
 def _as_tokens(hidden: Tensor) -> Tensor:
@@ -312,7 +356,10 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
         if model.config.model.lora:
             adapters = model.llm.disable_adapter()
     else:
-        teacher = pretrained(AutoModel, name, "model.teacher", dtype=torch.float32)
+        teacher, report = pretrained(AutoModel, name, "model.teacher", dtype=torch.float32,
+                                     output_loading_info=True)
+        needed = [key for key in report["missing_keys"] if "pooler" not in key]
+        require_weights("model.teacher", name, needed)
         teacher = teacher.to(model.device)
         tokenizer, bos_ids = pretrained(AutoTokenizer, name, "model.teacher"), None
     texts = sorted(set(texts), key=lambda text: (len(text), text))
@@ -333,13 +380,13 @@ def embed_reports(model: VDGen, texts: Iterable[str]) -> dict[str, Tensor]:
 def _mean_states(teacher: nn.Module, rows: list[tuple[list[int], list[int]]]) -> Tensor:
     """(B, D_t) float32: the last hidden states of each text, mean over its own tokens.
 
-    Args: rows: of each text its token ids, and for each 1 where it does not count.
+    Args: rows: of each text its token ids, and for each 1 where the mean keeps it, else 0.
     """
-    ids, left_out = ([torch.tensor(part, device=teacher.device) for part in parts]
-                     for parts in zip(*rows))
+    ids, kept = ([torch.tensor(part, device=teacher.device) for part in parts]
+                 for parts in zip(*rows))
     pad = nn.utils.rnn.pad_sequence
     mask = pad([torch.ones_like(row) for row in ids], batch_first=True)
-    kept = pad([1 - row for row in left_out], batch_first=True)
+    kept = pad(kept, batch_first=True)
     options = {"use_cache": False} if hasattr(teacher.config, "use_cache") else {}
     output = teacher(input_ids=pad(ids, batch_first=True), attention_mask=mask, **options)
     states = output.last_hidden_state.float() * kept[..., None]
@@ -347,17 +394,17 @@ def _mean_states(teacher: nn.Module, rows: list[tuple[list[int], list[int]]]) ->
 
 
 def _teacher_ids(tokenizer, text: str, bos_ids: list[int] | None) -> tuple[list[int], list[int]]:
-    """Token ids of a report as its teacher reads it, and for each 1 where it does not count.
+    """Token ids of a report as its teacher reads it, and for each 1 where the mean keeps it.
 
     bos_ids: those of the LLM; None: another encoder's tokenizer puts in its own special tokens.
     """
     if bos_ids is None:
         encoded = tokenizer(text, truncation=True, max_length=TEACHER_MAX_TOKENS,
                             return_special_tokens_mask=True)
-        return encoded.input_ids, encoded.special_tokens_mask
+        return encoded.input_ids, [1 - special for special in encoded.special_tokens_mask]
     ids = tokenizer(text, add_special_tokens=False, truncation=True,
                     max_length=TEACHER_MAX_TOKENS - len(bos_ids)).input_ids
-    return bos_ids + ids, [1] * len(bos_ids) + [0] * len(ids)
+    return bos_ids + ids, [0] * len(bos_ids) + [1] * len(ids)
 
 
 class Teacher:
@@ -409,11 +456,16 @@ def load_model(config: Config, teacher_width: int | None = None) -> VDGen:
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif is_bf16:  # on a CPU the fused kernel takes longer in bfloat16, and shorter in float32
         options["attn_implementation"] = "eager"
-    vision = pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32, **options)
+    vision, report = pretrained(AutoModel, names.vision, "model.vision", dtype=torch.float32,
+                                output_loading_info=True, **options)
+    tensors = vision.state_dict(keep_vars=True).items()
+    lost = {id(tensor) for name, tensor in tensors if name in report["missing_keys"]}
     vision = getattr(vision, "vision_model", vision)  # of CLIP, SigLIP: the image part
     processor = pretrained(AutoImageProcessor, names.vision, "model.vision")
     dtype = torch.bfloat16 if is_bf16 else torch.float32
-    llm = pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype, **options)
+    llm, report = pretrained(AutoModelForCausalLM, names.llm, "model.llm", dtype=dtype,
+                             output_loading_info=True, **options)
+    require_weights("model.llm", names.llm, report["missing_keys"])
     llm.generation_config = GenerationConfig()  # its own file would fill what A14 leaves unset
     tokenizer = pretrained(AutoTokenizer, names.llm, "model.llm")
     require_fit(llm, tokenizer, config)
@@ -423,8 +475,31 @@ def load_model(config: Config, teacher_width: int | None = None) -> VDGen:
         if teacher.is_encoder_decoder or not teacher_width:
             raise InputError(f"model.teacher: {names.teacher} is a {teacher.model_type}; expected "
                              f"an encoder of texts, such as a BERT, or a causal LM")
-    return VDGen(config, vision, llm, tokenizer, teacher_width,
-                 *pixel_statistics(processor, names.vision))
+    model = VDGen(config, vision, llm, tokenizer, teacher_width,
+                  *pixel_statistics(processor, names.vision))
+    needed = {name: tensor for name, tensor in vision.state_dict(keep_vars=True).items()
+              if tensor.requires_grad or name.endswith(("running_mean", "running_var"))}
+    require_weights("model.vision", names.vision,
+                    [name for name, tensor in needed.items() if id(tensor) in lost])
+    return model
+
+
+def require_weights(key: str, name: str, missing: Iterable[str]) -> None:
+    """InputError where a folder lacks weights that a loss depends on: they would be random."""
+    missing = sorted(missing)
+    if missing:
+        raise InputError(f"{key}: {name} lacks {len(missing)} weights, such as "
+                         f"{', '.join(missing[:3])}; expected all of the model's, under the names "
+                         f"that transformers gives them")
+
+
+def require_folders(names: Model) -> None:
+    """FileNotFoundError for a path that is no folder here; a hub's name has one slash at most."""
+    for key in ("vision", "llm", "teacher"):
+        name = getattr(names, key)
+        if name and name.count("/") > 1 and not Path(name).is_dir():
+            raise FileNotFoundError(f"model.{key}: there is no folder {name} in {Path.cwd()}; "
+                                    f"start in the repository's folder, or name another")
 
 
 def require_fit(llm: nn.Module, tokenizer, config: Config) -> None:
@@ -432,6 +507,14 @@ def require_fit(llm: nn.Module, tokenizer, config: Config) -> None:
     name, lora = config.model.llm, config.model.lora
     if tokenizer.eos_token_id is None:
         raise InputError(f"model.llm: the tokenizer of {name} has no end token")
+    words, added = llm.get_input_embeddings().num_embeddings, tokenizer.added_tokens_decoder
+    unused = {i for i, token in added.items() if token.special and i != tokenizer.eos_token_id}
+    ids = tokenizer.get_vocab()
+    beyond = [token for token, i in ids.items() if i >= words and i not in unused]
+    if beyond:
+        raise InputError(f"model.llm: the tokenizer of {name} has {len(beyond)} tokens beyond the "
+                         f"{words} of the embedding, such as {beyond[0]!r}; use the LLM's own "
+                         f"tokenizer, or resize its embedding")
     if getattr(llm, "_hf_peft_config_loaded", False):
         raise InputError(f"model.llm: {name} is a LoRA adapter; merge it into its LLM first "
                          f"(PEFT: merge_and_unload, then save_pretrained)")
@@ -502,6 +585,21 @@ def join_ranks() -> None:
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def leave_ranks() -> None:
+    """The end of a command under torchrun."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of each value over the ranks, in place."""
+    world = ranks()[1]
+    if world > 1:
+        torch.distributed.all_reduce(values)
+        values /= world
+    return values
 
 
 def gathered(rows: Tensor) -> Tensor:

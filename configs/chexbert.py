@@ -1,7 +1,9 @@
 """CheXbert, the labeller of Table 3."""
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -14,6 +16,9 @@ from configs.files import pretrained, read_checkpoint
 CONDITIONS = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
               "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
               "Pleural Other", "Fracture", "Support Devices", "No Finding")
+FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # CheXpert's
+LABELS = {"14": CONDITIONS, "13": CONDITIONS[:-1], "5": FIVE}  # 13: without No Finding
+READINGS = {"uncertain_negative": [1], "uncertain_positive": [1, 3]}  # the classes that are true
 
 
 class CheXbert(nn.Module):
@@ -31,10 +36,7 @@ class CheXbert(nn.Module):
 
     @torch.no_grad()
     def label(self, reports: list[str], batch_size: int = 32) -> list[list[int]]:
-        """The classes of each report, one for each of CONDITIONS.
-
-        Blanks are collapsed, and what comes after 512 tokens is not read.
-        """
+        """The classes of the first 512 tokens of each report, one for each of CONDITIONS."""
         texts = [" ".join(report.split()) for report in reports]
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         classes = {}
@@ -53,8 +55,7 @@ def load_chexbert(path: str | Path, config: BertConfig | None = None) -> CheXber
     """The published chexbert.pth, loaded strictly, ready to label.
 
     Its vocabulary is bert-base-uncased's: from a vocab.txt beside it if there is one, else from the
-    hub. `config`: of its BERT; default: BERT-base. Raises FileNotFoundError or InputError for
-    another file.
+    hub. `config`: of its BERT; default: BERT-base.
     """
     state = read_checkpoint(path, "CheXbert", ["model_state_dict"])["model_state_dict"]
     beside = Path(path).parent / "vocab.txt"
@@ -77,18 +78,28 @@ def load_chexbert(path: str | Path, config: BertConfig | None = None) -> CheXber
 def chexbert_labeller(checkpoint: Path) -> Callable[[list[str]], list[list[int]]]:
     """A function from reports to their 14 classes, as `CheXbert.label` gives them.
 
-    The weights are read at its first call, and a text is labelled once.
+    The weights are read when the first text is labelled, and a text is labelled once.
     """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"--chexbert {checkpoint}: no such file")
     known: dict[str, list[int]] = {}
     model = None
 
     def label(texts: list[str]) -> list[list[int]]:
         nonlocal model
-        if model is None:
-            model = load_chexbert(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
         new = sorted(set(texts) - known.keys())
-        known.update(zip(new, model.label(new)))
+        if new and model is None:
+            model = load_chexbert(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+        if new:  # else the page would show a progress bar a study
+            known.update(zip(new, model.label(new)))
         return [known[text] for text in texts]
     return label
+
+
+def chexbert_matrices(predictions: list[list[int]],
+                      references: list[list[int]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{"<reading>.<size>": (N, L) bool of either side} of the classes of N reports each (A17)."""
+    named, true, parts = np.array(predictions), np.array(references), {}
+    for (reading, classes), (size, labels) in product(READINGS.items(), LABELS.items()):
+        columns = [CONDITIONS.index(name) for name in labels]
+        parts[f"{reading}.{size}"] = (np.isin(named[:, columns], classes),
+                                      np.isin(true[:, columns], classes))
+    return parts

@@ -1,4 +1,4 @@
-"""Files: what others made, read as untrusted (checkpoints, archives, images); ours, written whole."""
+"""Files: what others made, read as untrusted (JSON, weights, archives, images); ours, whole."""
 import json
 import os
 import signal
@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from threading import Semaphore
 from typing import BinaryIO
 
@@ -22,8 +23,7 @@ from configs import InputError
 
 SPLITS = ("train", "val", "test")
 SHORT_SIDE = 256         # A24
-LARGEST_TEXT = 1 << 20   # bytes
-LARGEST_IMAGE = 64 << 20  # bytes
+SMALLEST_SPAN = 64       # of 255, 1st to 99th percentile; the darkest film of IU-Xray fills 100
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP")  # whatever a name says; EPS runs a program
 
 
@@ -34,12 +34,87 @@ def leaves(path: str) -> bool:
 
 
 def require_none(problems: list[str], advice: str = "") -> None:
-    """Print the first 50 problems and raise InputError with their number, if there are any."""
-    for problem in problems[:50]:
+    """Print all problems and raise InputError with their number, if there are any."""
+    for problem in problems:
         print(problem)
     if problems:
-        shown = ", the first 50 of them above" if len(problems) > 50 else ""
-        raise InputError(f"{len(problems)} problems{shown}{advice}")
+        raise InputError(f"{len(problems)} problems{advice}")
+
+
+def require_place(root: Path, setting: str) -> None:
+    """InputError that names the setting if no dataset can be made in a new folder `root`."""
+    if root.exists() and not (root / "annotation.json").is_file():
+        raise InputError(f"{setting}: {root} exists and holds no annotation.json; remove it, or "
+                         f"name another folder")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=root.parent).close()
+    except OSError as error:
+        raise InputError(f"{setting}: cannot write into {root.parent} ({error.strerror}); name "
+                         f"another folder") from None
+
+
+def read_json(path: Path, expected: str):
+    """What a JSON file holds. InputError says what is `expected`, and names a key that repeats."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=_each_key_once)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); expected {expected}") from None
+
+
+def _each_key_once(pairs: list[tuple]) -> dict:
+    """A JSON object; json.loads alone keeps the last of two values of one key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(f"{twice!r:.100} stands twice")
+    return found
+
+
+def read_predictions(path: Path) -> list[dict]:
+    """The rows of a `<name>_predictions.jsonl`; or {"id", "prediction"} of a JSON {id: report}.
+
+    R2GenGPT writes {id: [report]}. Raises FileNotFoundError, or InputError for another file.
+    """
+    expected = "expected a JSON {id: report}, or one JSON object a line with id and prediction"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of predictions")
+    try:
+        if path.suffix.lower() == ".json":
+            rows = []
+            for name, its in read_json(path, "{id: report}").items():
+                alone = isinstance(its, list) and len(its) == 1
+                rows.append({"id": name, "prediction": its[0] if alone else its})
+        else:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at Unicode's line ends
+            rows = [json.loads(line, object_pairs_hook=_each_key_once)
+                    for line in lines if line.strip()]
+        for number, row in enumerate(rows, 1):
+            _require_row(row, number)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: {expected}; got {type(error).__name__}: {error}") from None
+    names = {row["id"] for row in rows}
+    if not rows or len(names) < len(rows):
+        raise InputError(f"{path}: {len(rows)} predictions of {len(names)} studies; {expected}, "
+                         f"each id once")
+    if len({"reference" in row for row in rows}) > 1:
+        raise InputError(f"{path}: only some rows hold a reference; expected all or none")
+    return rows
+
+
+def _require_row(row: dict, number: int) -> None:
+    """InputError where a row of predictions holds what cannot be scored; its id becomes a text."""
+    if type(row["id"]) is int:
+        row["id"] = str(row["id"])
+    row["id"], row["prediction"]  # a KeyError names the one that is missing
+    for key in row.keys() & {"id", "prediction", "reference", "reference_cut"}:
+        if not isinstance(row[key], str):
+            raise InputError(f"the {key} of number {number}, {row['id']!r:.99}: {row[key]!r:.99}")
+    views = row.get("image_path", [])
+    if not isinstance(views, list) or not all(isinstance(view, str) for view in views):
+        raise InputError(f"the image_path of number {number}, {row['id']!r:.99}: {views!r:.99}")
 
 
 def pretrained(kind, name: str, key: str, **options):
@@ -68,13 +143,8 @@ def read_checkpoint(path: str | Path, owner: str = "VDGen", keys=("model", "conf
                     mmap: bool = False) -> dict:
     """A file of torch.save, tensors and plain values only: no code in it is run.
 
-    Args:
-        path: best.pt or last.pt, or a file of another owner.
-        owner: whose checkpoint is expected; for the error.
-        keys: those that it must have.
-        mmap: tensors stay in the file, whose pages all processes of a machine share.
-    Raises:
-        FileNotFoundError: no such file. InputError: it is no such checkpoint.
+    `mmap`: tensors stay in the file, whose pages all processes of a machine share. Raises
+    FileNotFoundError, or InputError if it is no checkpoint of `owner` with those `keys`.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -83,7 +153,7 @@ def read_checkpoint(path: str | Path, owner: str = "VDGen", keys=("model", "conf
         raise FileNotFoundError(f"checkpoint {path}: no such file") from None
     except Exception as error:  # whatever junk, or code, makes of it
         if isinstance(error, OSError) or out_of_memory(error):
-            raise  # it may not be read, or not now: no fault of the file
+            raise  # no fault of the file
         missing = keys
     if missing:
         raise InputError(f"checkpoint {path}: not a checkpoint of {owner}; expected a file of "
@@ -92,10 +162,7 @@ def read_checkpoint(path: str | Path, owner: str = "VDGen", keys=("model", "conf
 
 
 def write_whole(path: Path, content: str | dict) -> None:
-    """A text, or a dict by torch.save, under another name, then renamed.
-
-    A stop or a full disk leaves the file of before, or none.
-    """
+    """A text, or a dict by torch.save. A stop or a full disk leaves the file of before, or none."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         if isinstance(content, str):
@@ -110,24 +177,24 @@ def write_whole(path: Path, content: str | dict) -> None:
 
 
 def process_pool() -> ProcessPoolExecutor:
-    """A process for each core. They ignore Ctrl-C: the main process ends them."""
-    return ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    """A process for each core. They inherit an ignored Ctrl-C: the main process ends them."""
+    pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pool.submit(int)  # forks them all
+    signal.signal(signal.SIGINT, before)
+    return pool
 
 
-def read_archive(path: Path, suffix: str, largest: int) -> Iterator[tuple[str, bytes]]:
+def read_archive(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the files of a .tgz or .zip that end in `suffix`; nothing is written.
 
-    Raises FileNotFoundError, or InputError for a broken archive and for a file of more than
-    `largest` bytes.
+    Raises FileNotFoundError, or InputError for a broken archive.
     """
     broken = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, RuntimeError)
     try:
         for name, file in _members(path):
             if name.endswith(suffix):
-                content = file.read(largest + 1)  # its header may say less than there is
-                if len(content) > largest:
-                    raise InputError(f"{path}: {name[:100]!r}: more than {largest} bytes")
-                yield name, content
+                yield name, file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except broken as error:
@@ -169,14 +236,13 @@ def _picture(content: bytes, raw_mode: str | None = None) -> Image.Image:
 def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """A24: one view as 8-bit grey or RGB; 16 bit scaled by its own maximum, turned as EXIF says.
 
-    `content`: what stands in the file, if not to be read from there. Raises FileNotFoundError, or
-    InputError for a file that is no whole image, holds several, or more than Pillow's limit of 179
-    million pixels.
+    `content`: of the file, where that lies in an archive. Raises FileNotFoundError, or InputError
+    for a file that is no whole image, holds several, or more than Pillow's limit of pixels.
     """
     broken = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
     try:
         if content is None:
-            with open(path, "rb") as file:
+            with open(path, "rb") as file:  # no Path: see ReportDataset
                 content = file.read()
         image = _picture(content)
         kind = content[25] if image.format == "PNG" and content[24] == 16 else None
@@ -210,18 +276,16 @@ def image_problem(path: Path) -> str | None:
         image = open_image(path)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
-    span = max(high - low for low, high in np.atleast_2d(image.getextrema()))
-    if span < 25.5:
-        return (f"image {path}: blank or nearly so: its values fill {span} of 255; export it with "
-                f"values that fill the range")
+    low, high = np.percentile(image, (1, 99), axis=(0, 1))  # a bright marker is no film
+    span = np.max(high - low)
+    if span < SMALLEST_SPAN:
+        return (f"image {path}: blank or dark: 98 % of its values fill {span:.0f} of 255, expected "
+                f"{SMALLEST_SPAN} at least; export it with a window that fills the range")
     return None
 
 
 def shrink_image(path: str | Path, content: bytes | None, target: Path) -> str | None:
-    """Write a view as 8-bit PNG whose short side has SHORT_SIDE pixels (a smaller one stays).
-
-    Returns what is wrong with it, if it is no image.
-    """
+    """Write a view as 8-bit PNG, its short side at most SHORT_SIDE; or what is wrong with it."""
     try:
         image = open_image(path, content)
     except (FileNotFoundError, ValueError) as error:
@@ -236,11 +300,8 @@ def shrink_image(path: str | Path, content: bytes | None, target: Path) -> str |
     return None
 
 
-Job = tuple[str | Path, bytes | None, Path]  # the arguments of shrink_image
-
-
-def shrink_images(jobs: Iterable[Job], total: int) -> dict[Path, str]:
-    """`shrink_image` for all jobs but those whose target is there, by a process for each core.
+def shrink_images(jobs: Iterable[tuple], total: int) -> dict[Path, str]:
+    """`shrink_image` of each tuple of arguments whose target is not there, by all cores.
 
     Returns {target: what is wrong with its image}.
     """

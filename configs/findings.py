@@ -1,5 +1,4 @@
 """Findings that a text names, by the phrases of a findings.json: no clinical labeller."""
-import json
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -8,16 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from configs import Data, InputError
+from configs.files import read_json
 
 # A clause ends with its sentence and before these words; not at the "with" of "consistent with".
-# In it, what follows a word of DENIED is not there ("clear airspace" lost its "of"; "no change in"
-# denies nothing), and nothing is there beside a word of GONE.
-CLAUSE = re.compile(r"\.|\b(?:but|however|except|besides|aside|although|though|there|"
+# In it, what follows a word of DENIED is not there ("no change in" denies nothing), and nothing is
+# there beside a word of GONE. A dataset's findings.json may name more such words, as `denied`.
+CLAUSE = re.compile(r"[.;!?](?!\d)|\b(?:but|however|except|besides|aside|although|though|there|"
                     r"(?<!consistent )(?<!compatible )with)\b")
-DENIED = re.compile(r"\b(?:(?:no|without)(?! (?:significant |interval )*change\b(?! to suggest))|"
-                    r"not|neither|free|negative|absence of|clear of|clear airspace|removal|"
-                    r"resolution|exclude|evaluation|obscure|subcutaneous emphysema|"
-                    r"pericardial effusion)\b")
+DENIED = (r"(?:no|without)(?! (?:significant |interval )*change\b(?! to suggest))", "not",
+          "neither", "free", "negative", "absence of", "clear of", "removal", "resolution",
+          "exclude")
 GONE = re.compile(r"\b(?:resolved|cleared|removed|excluded|(?:is|are) absent|"
                   r"(?<!cannot be )ruled out|(?:no longer|(?:is|are|was|were) not) (?:well-)?"
                   r"(?:seen|identified|present|visualized|evident))\b")
@@ -31,9 +30,12 @@ def read_findings(data: Data, names: Iterable[str]) -> dict | None:
     path = Path(data.root) / "findings.json"
     if not path.is_file():
         return None
+    expected = ("one object of `phrases`, `sides` and `extents`, regular expressions, and in "
+                "`studies` for each study a list of {finding, side, extent}")
+    spec = read_json(path, expected)
     try:
-        spec = json.loads(path.read_text(encoding="utf-8-sig"))
         groups = [group for key in ("phrases", "sides", "extents") for group in spec[key].items()]
+        groups += [("denied", spec["denied"])] if "denied" in spec else []
         for name, phrases in groups:
             if not isinstance(phrases, list) or not phrases or not all(phrases):
                 raise InputError(f"{name!r} has no list of phrases")
@@ -41,22 +43,21 @@ def read_findings(data: Data, names: Iterable[str]) -> dict | None:
         for held in (held for name in names for held in spec["studies"][name]):
             spec["phrases"][held["finding"]], held["side"], held["extent"]
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise InputError(f"{path}: expected `phrases`, `sides` and `extents`, regular expressions, "
-                         "and in `studies` for each study a list of {finding, side, extent}; got "
-                         f"{type(error).__name__}: {error}") from None
+        raise InputError(f"{path}: expected {expected}; got {type(error).__name__}: "
+                         f"{error}") from None
     return spec
 
 
 def named_findings(text: str, spec: dict) -> dict[str, tuple[str | None, str | None]]:
-    """{finding: (side, extent)} that a cleaned text says are there, by phrases of findings.json.
+    """{finding: (side, extent)} that a text says are there, by phrases of findings.json.
 
-    These are regular expressions of whole words. A finding that is probable or possible counts as
-    named: in IU-Xray's reports the words that would tell it are often xxxx. Side and extent are
-    those of the first clause that names the finding; None where it tells none.
+    These are regular expressions of whole words; capitals do not count. A finding that is probable
+    or possible counts as named: in IU-Xray's reports the words that would tell it are often xxxx.
+    Side and extent are those of the first clause that names the finding; None where it tells none.
     """
-    named = {}
-    for clause in CLAUSE.split(" ".join(text.split())):
-        said = "" if GONE.search(clause) else DENIED.split(clause)[0]
+    named, denied = {}, _whole_words((*DENIED, *spec.get("denied", ())))
+    for clause in CLAUSE.split(" ".join(text.lower().split())):
+        said = "" if GONE.search(clause) else denied.split(clause)[0]
         side, extent = (next(iter(_named(said, spec[key])), None) for key in ("sides", "extents"))
         for finding in _named(said, spec["phrases"]):
             named.setdefault(finding, (side, extent))
@@ -106,4 +107,4 @@ def _named(text: str, groups: dict[str, list[str]]) -> list[str]:
 
 @cache
 def _whole_words(phrases: tuple[str, ...]) -> re.Pattern:
-    return re.compile(rf"\b(?:{'|'.join(phrases)})\b")
+    return re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.I)

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from configs import InputError
-from configs.files import LARGEST_TEXT, SPLITS, finish, read_archive, shrink_images
+from configs.files import SPLITS, finish, read_archive, shrink_images
 
 # A heading of a report, at the start of a line: capitals before a colon, or one of the usual names
 # in any case; or a line that parts the preliminary from the final text, without a colon.
@@ -64,7 +64,7 @@ def read_split(jpg: Path) -> list[dict]:
 def read_reports(reports: Path, rows: list[dict]) -> dict[str, str]:
     """{study_id: text} from a folder or a zip of report files."""
     if reports.is_file():
-        files = tqdm(read_archive(reports, ".txt", LARGEST_TEXT), desc="reports", unit="report")
+        files = tqdm(read_archive(reports, ".txt"), desc="reports", unit="report")
         return {Path(name).stem[1:]: content.decode("utf-8", "replace") for name, content in files}
     root = reports / "files" if (reports / "files").is_dir() else reports
     texts = {}

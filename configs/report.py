@@ -19,37 +19,37 @@ from configs.findings import named_findings
 
 CASES, PIXELS = 60, 352  # studies, and the longer side of a view: under 3 MB with two views each
 CURVE_POINTS = 300
-STEP_KEYS = ("report", "vse", "did", "did_top1", "gradient_norm")
-VAL_KEYS = ("BLEU_4", "ROUGE_L", "CIDEr", "distinct")
+RANKED_BY = "CIDEr"
+NOT_DRAWN = {"step", "epoch", "lr", "seconds", "peak_memory_gb", "peak_reserved_gb",
+             "BLEU_1", "BLEU_2", "BLEU_3"}  # of the log's numbers
 NORMALITY = {"no", "not", "without", "free", "normal", "clear", "unremarkable", "intact",
              "negative", "stable"}
 
 
 def curves(log: Path) -> tuple[dict | None, dict[str, list]]:
-    """The header of log.jsonl, and {term or validation score: [[step, value], ...]}.
+    """The header of log.jsonl, and {number of a step, or "val: <score>": [[step, value], ...]}.
 
-    The values of a term are means over at most CURVE_POINTS equal pieces of the run.
+    The values of a step are means over at most CURVE_POINTS equal pieces of the run.
     """
     if not log.is_file():
         return None, {}
-    text = log.read_text(encoding="utf-8").splitlines()
     lines = []
-    for line in text:
-        with suppress(ValueError, TypeError):  # a killed run may have left half a line
-            lines.append(dict(json.loads(line)))
+    for text in log.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # a killed run may have left half a line
+            lines.append(json.loads(text))
     header = next((line for line in lines if "versions" in line), None)
     steps, found = [line for line in lines if "report" in line], {}
     size = max(1, math.ceil(len(steps) / CURVE_POINTS))
     for start in range(0, len(steps), size):
         piece = steps[start:start + size]
-        for key in STEP_KEYS:
-            values = [line[key] for line in piece if key in line]
-            if values:
+        for key, last in piece[-1].items():
+            if key not in NOT_DRAWN and isinstance(last, (int, float)):
+                values = [line[key] for line in piece if key in line]
                 found.setdefault(key, []).append([piece[-1]["step"], float(np.mean(values))])
     for line in lines:
-        for key in VAL_KEYS:
-            if key in line.get("val", {}):
-                found.setdefault(key, []).append([line["step"], line["val"][key]])
+        for key, value in line.get("val", {}).items():
+            if key not in NOT_DRAWN:
+                found.setdefault(f"val: {key}", []).append([line["step"], value])
     return header, found
 
 
@@ -116,19 +116,19 @@ def tag(row: dict, spec: dict | None, classes: Callable | None) -> dict[str, lis
 
 def draw_cases(rows: list[dict], tags: list, images: Path) -> list[dict]:
     """The studies of `choose_cases`, with their films; more views a study are shown smaller."""
-    order = sorted(range(len(rows)), key=lambda i: -rows[i]["cider"])
-    rank = {i: place + 1 for place, i in enumerate(order)}
-    groups = choose_cases([row["cider"] for row in rows])
+    values = [row["scores"][RANKED_BY] for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: -values[i])
+    groups = choose_cases(values)
     views = sum(len(rows[i].get("image_path", [])) for group in groups.values() for i in group)
     pixels = int(PIXELS * min(1, math.sqrt(2 * CASES / max(views, 1))))
-    cases = []
+    cases, keys = [], ("id", "reference", "prediction", "scores")
     for group, chosen in groups.items():
         for i in chosen:
-            keys = ("id", "reference", "prediction", "cider", "rouge_l")
             films = [None if leaves(view) else thumbnail(images / view, pixels)  # of other hands
                      for view in rows[i].get("image_path", [])]
-            cases.append({key: rows[i][key] for key in keys}
-                         | {"group": group, "rank": rank[i], "tags": tags[i], "views": films})
+            place = {"group": group, "rank": order.index(i) + 1}
+            shown = {key: rows[i][key] for key in keys}
+            cases.append(shown | place | {"tags": tags[i], "views": films})
     return cases
 
 
@@ -137,8 +137,7 @@ def draw_page(path: Path, rows: list[dict], images: Path, shown: dict, spec: dic
     """Write the page of one split: Tables 1 and 3, curves, embeddings, cases as in Fig. 3.
 
     Args:
-        rows: a dict a study with id, prediction, reference, image_path, cider, rouge_l, and, where
-            known, visual_pca.
+        rows: a dict a study: id, prediction, reference, image_path, scores, perhaps visual_pca.
         images: the folder of the views.
         shown: split, names (of the metrics), config, metrics.
         spec, classes: as in `tag`.
@@ -153,7 +152,8 @@ def draw_page(path: Path, rows: list[dict], images: Path, shown: dict, spec: dic
     header, lines = curves(path.parent / "log.jsonl")
     tagger = "findings.json" if spec else "CheXbert" if classes else None
     data = shown | {"name": path.stem.removesuffix("_report"), "header": header, "curves": lines,
-                    "cases": draw_cases(rows, tags, images), "points": points, "tagger": tagger}
+                    "cases": draw_cases(rows, tags, images), "ranked_by": RANKED_BY,
+                    "points": points, "tagger": tagger}
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     # Nothing in the data can end the script that holds it.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")

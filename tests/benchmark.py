@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import PROMPT, InputError, load_config  # noqa: E402
 from conftest import REPORTS, REPOSITORY, paper_model  # noqa: E402
-from data import (ReportDataset, collate, end_in_one_line, read_image,  # noqa: E402
+from data import (ReportDataset, end_in_one_line, loader, read_image,  # noqa: E402
                   read_studies)
 from losses import did_loss, vse_loss  # noqa: E402
 from model import VDGen, embed_reports, load_model  # noqa: E402
@@ -133,7 +133,7 @@ class Work:
             studies = read_studies(config.data)["train"]
             studies = [study for study in studies if len(study.image_paths) == 2][:options.batch]
             items = ReportDataset(studies, config.data, self.model.image_size, self.model.tokenizer)
-        self.batch = collate([items[i] for i in range(len(items))])
+        self.batch = next(loader(items, [list(range(len(items)))], 0, DEVICE))
         self.images, self.view_counts = self.batch["images"].to(DEVICE), self.batch["view_counts"]
         self.limit = config.data.max_report_tokens
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]

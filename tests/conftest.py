@@ -191,12 +191,12 @@ def write_llm(kind: str, folder: Path, **more) -> Path:
     tokenizer = make_tokenizer()
     sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+                 max_position_embeddings=2048, bos_token_id=0, eos_token_id=1, pad_token_id=1)
     sizes |= {"Gemma2": dict(head_dim=8), "Gemma3Text": dict(head_dim=8), "Qwen3": dict(head_dim=8),
               "FalconH1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
               "GPTNeoX": dict(num_key_value_heads=4)}.get(kind, {})
     torch.manual_seed(1)
-    config = getattr(transformers, kind + "Config")(**sizes, initializer_range=0.2, **more)
+    config = getattr(transformers, kind + "Config")(**sizes | dict(initializer_range=0.2) | more)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -30,11 +30,11 @@ from transformers import DynamicCache
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import InputError, load_config  # noqa: E402
+from configs.files import read_predictions  # noqa: E402
 from configs.findings import findings_matrices, named_findings, read_findings  # noqa: E402
 from data import (ReportDataset, Study, end_in_one_line, epoch_batches, loader,  # noqa: E402
                   read_studies)
-from evaluate import (best_constant, precision_recall_f1, read_predictions,  # noqa: E402
-                      results_name)
+from evaluate import best_constant, precision_recall_f1, results_name  # noqa: E402
 from model import VDGen, embed_reports, load_checkpoint, load_model  # noqa: E402
 from train import make_teacher  # noqa: E402
 
@@ -51,8 +51,8 @@ def visual_batches(model: VDGen, studies: list[Study], desc: str,
     data, size = model.config.data, model.config.train.eval_batch_size
     dataset = ReportDataset(studies, data, model.image_size, model.tokenizer)
     batches = batches or [list(part) for part in torch.arange(len(studies)).split(size)]
-    for batch in tqdm(loader(dataset, batches, data.num_workers, model.device), desc=desc,
-                      unit="batch", leave=False):
+    read = loader(dataset, batches, data.num_workers, model.device)
+    for batch in tqdm(read, desc, len(batches), unit="batch", leave=False):
         with model.autocast():
             visual_tokens = model.encode(batch["images"], batch["view_counts"])
         yield batch, visual_tokens
@@ -62,7 +62,7 @@ def encode(model: VDGen, studies: list[Study]) -> Tensor:
     """h of each study, in their order: (N, D) float32 on the CPU."""
     rows = {}
     for batch, visual_tokens in visual_batches(model, studies, "encode"):
-        rows |= zip(batch["ids"], visual_tokens.mean(dim=1).cpu())
+        rows |= zip(batch["ids"], model.pool(visual_tokens).cpu())
     return torch.stack([rows[study.id] for study in studies])
 
 
@@ -137,14 +137,13 @@ def terms_and_gradients(model: VDGen, studies: list[Study],
             y = teacher.standardise(y).to(model.device)
         visual_tokens.requires_grad_()
         with model.autocast():
-            terms, did_top1 = model.losses(visual_tokens, *report, y)
+            terms, measures = model.losses(visual_tokens, *report, y)
             others = model.report_term(visual_tokens.detach().roll(1, dims=0), *report)
         for name, term in terms.items():
             weighted = getattr(weights, f"{name}_weight") * term
             gradient, = torch.autograd.grad(weighted, visual_tokens, retain_graph=True)
             numbers[f"gradient of {name}"].append(gradient.norm().item())
-        found = terms | {"report of others": others}
-        found |= {"did_top1": did_top1} if did_top1 is not None else {}
+        found = terms | measures | {"report of others": others}
         for name, value in found.items():
             numbers[name].append(value.item())
     return {name: float(np.mean(values)) for name, values in numbers.items()}
@@ -263,10 +262,11 @@ def print_terms(found: dict[str, float], B: int) -> None:
               "vse": f"equal images {math.log(B - 1):.3f}",
               "did": f"chance {math.log(B):.3f}; did_top1 {found.get('did_top1', 0):.3f}, "
                      f"chance {1 / B:.3f}"}
-    for name, text in beside.items():
-        if name in found:
-            gradient = found[f"gradient of {name}"]
-            print(f"{name:<8}{found[name]:.3f}  gradient {gradient:.2e}  ({text})")
+    for key, gradient in found.items():
+        if key.startswith("gradient of "):
+            name = key.removeprefix("gradient of ")
+            text = f"  ({beside[name]})" if name in beside else ""
+            print(f"{name:<8}{found[name]:.3f}  gradient {gradient:.2e}{text}")
 
 
 def main() -> None:

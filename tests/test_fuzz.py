@@ -72,10 +72,3 @@ def test_load_config_refuses_clearly(tree, override, tmp_path):
     only_clear_errors(load_config, path, [] if override is None else [override])
 
 
-@many
-@given(content=st.binary(max_size=60))
-def test_readers_refuse_bytes(content, tmp_path):
-    for name, read in (("annotation.json", lambda path: read_studies(Data(root=str(path.parent)))),
-                       ("config.yaml", load_config)):
-        (tmp_path / name).write_bytes(content)
-        assert only_clear_errors(read, tmp_path / name) is None

