@@ -348,7 +348,10 @@ def build_demo(root: Path, studies: dict[str, int] = DEMO_SPLITS) -> None:
 # The picture of the README ------------------------------------------------------------------------
 
 FILM, MARGIN, COLUMN, LINE = 288, 20, 460, 30  # pixels; a film at three times its size
-PLAIN, AGREES, DIFFERS = "#1f2328", "#0b5fa5", "#c2410c"
+PLAIN, AGREES, DIFFERS, TITLE = "#1f2328", "#0b5fa5", "#c2410c", "#59636e"
+LEGEND = (("Blue: a finding, side or extent that both texts name.", AGREES),
+          ("Orange: a finding that the other text does not name, with its side and extent; or a "
+           "side or extent that differs.", DIFFERS))
 
 
 def coloured(text: str, other: str, spec: dict) -> list[tuple[str, str]]:
@@ -375,7 +378,7 @@ def coloured(text: str, other: str, spec: dict) -> list[tuple[str, str]]:
 
 def write_words(draw: ImageDraw.ImageDraw, words: list[tuple[str, str]], x: int, y: int,
                 font: ImageFont.FreeTypeFont) -> None:
-    """Words in their colours, wrapped to COLUMN; what differs has a line under it as well."""
+    """Words in their colours, wrapped to COLUMN; what differs is underlined, too."""
     left, space = x, draw.textlength(" ", font)
     for word, colour in words:
         width = draw.textlength(word, font)
@@ -383,19 +386,20 @@ def write_words(draw: ImageDraw.ImageDraw, words: list[tuple[str, str]], x: int,
             left, y = x, y + LINE
         draw.text((left, y), word, colour, font)
         if colour == DIFFERS:
-            draw.line([left, y + LINE - 3, left + width, y + LINE - 3], colour, 2)
+            end = left + draw.textlength(word.removesuffix("."), font)
+            draw.line([left, y + LINE - 3, end, y + LINE - 3], colour, 2)
         left += width + space
 
 
 def draw_cases(run: Path, root: Path, target: Path) -> None:
-    """Test studies with two findings: the first whose report names both, one, none of them.
+    """The picture of the README: a legend, and three test studies with two findings.
 
-    One with two views if there is any.
+    The first study whose report names both findings, one, and none; with two views if there is any.
 
     Args:
         run: holds test_predictions.jsonl, as training leaves it.
         root: of the demo's data.
-        target: a PNG. Each row tells how many of the studies with two findings are like it.
+        target: a PNG. Each row says how many of the studies with two findings are like it.
     """
     spec = json.loads((root / "findings.json").read_text(encoding="utf-8"))
     lines = (run / "test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -406,16 +410,20 @@ def draw_cases(run: Path, root: Path, target: Path) -> None:
             groups[len(there & named_findings(row["prediction"], spec).keys())].append(row)
     total = sum(map(len, groups.values()))
     height = FILM + 2 * MARGIN + LINE
-    size = (5 * MARGIN + 2 * FILM + 2 * COLUMN, 3 * height + MARGIN)
+    size = (5 * MARGIN + 2 * FILM + 2 * COLUMN, 3 * height + 2 * MARGIN + len(LEGEND) * LINE)
     canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(22)
     y = MARGIN
+    for line, colour in LEGEND:
+        draw.text((MARGIN, y), line, colour, font)
+        y += LINE
+    y += MARGIN
     for named, rows in groups.items():
         two_views = (row for row in rows if len(row["image_path"]) == 2)
         row = next(two_views, rows[0] if rows else None)
         title = ("Neither", "One", "Both")[named] + " of two findings named: "
-        title += f"{len(rows)} of {total} studies" + (f", such as {row['id']}" if row else "")
-        draw.text((MARGIN, y), title, "#59636e", font)
+        title += f"{len(rows)} of {total} studies" + (f"; here {row['id']}" if row else "")
+        draw.text((MARGIN, y), title, TITLE, font)
         y += LINE + 6
         if row is None:
             continue
@@ -425,7 +433,7 @@ def draw_cases(run: Path, root: Path, target: Path) -> None:
         x = 2 * MARGIN + 2 * FILM + 8
         for heading, key, other in (("Reference", "reference", "prediction"),
                                     ("Report", "prediction", "reference")):
-            draw.text((x, y), heading, "#59636e", font)
+            draw.text((x, y), heading, TITLE, font)
             write_words(draw, coloured(row[key], row[other], spec), x, y + LINE + 6, font)
             x += COLUMN + MARGIN + 8
         y += FILM + 2 * MARGIN - 6
