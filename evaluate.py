@@ -768,6 +768,7 @@ def score_checkpoint(args: argparse.Namespace) -> None:
     model = load_checkpoint(args.checkpoint, args.set)
     if other:
         model.config = dataclasses.replace(model.config, data=other.data, generate=other.generate)
+        model.require_context()
     build_demo_if_missing(model.config.data)
     splits = read_studies(model.config.data)
     split = choose_split(splits, args.split)

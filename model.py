@@ -105,14 +105,7 @@ class VDGen(nn.Module):
                      "image_std": torch.tensor(image_std).view(3, 1, 1)}
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
-        texts = {"data.max_report_tokens": config.data.max_report_tokens,
-                 "generate.max_new_tokens": config.generate.max_new_tokens}
-        context = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
-        prompt = len(self.bos_ids) + len(before) + self.visual_token_count + len(after)
-        for key, tokens in texts.items():
-            if context and prompt + tokens > context:
-                raise InputError(f"{key}: a prompt of {prompt} tokens and {tokens} more do not fit "
-                                 f"the {context} places of {config.model.llm}; lower it")
+        self.require_context()
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -127,6 +120,18 @@ class VDGen(nn.Module):
         """A13: bfloat16 autocast, on CUDA and on CPU alike; off with `train.precision: fp32`."""
         enabled = self.config.train.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def require_context(self) -> None:
+        """InputError where the prompt and the longest report exceed the LLM's context."""
+        config = self.config
+        texts = {"data.max_report_tokens": config.data.max_report_tokens,
+                 "generate.max_new_tokens": config.generate.max_new_tokens}
+        context = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        prompt = len(self.before_ids) + self.visual_token_count + len(self.after_ids)
+        for key, tokens in texts.items():
+            if context and prompt + tokens > context:
+                raise InputError(f"{key}: a prompt of {prompt} tokens and {tokens} more do not fit "
+                                 f"the {context} places of {config.model.llm}; lower it")
 
     def measure_encoder(self) -> tuple[int, int]:
         """S and D of X^e, from one pass of a blank image: families name them differently.

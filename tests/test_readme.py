@@ -135,6 +135,7 @@ def test_the_first_screen_has_two_commands_that_set_up_and_run():
     """.ci/run runs the second, as it stands there."""
     lines = [line for line in FENCE.findall(PAGES["README.md"])[1].splitlines()
              if line.startswith("pip install")]
-    assert lines == ["pip install -r requirements.txt && python train.py --config configs/demo.yaml",
-                     "pip install -r tests/requirements.txt && python -m pytest -q tests"]
+    assert lines == [
+        "pip install -r requirements.txt && python train.py --config configs/demo.yaml",
+        "pip install -r tests/requirements.txt && python -m pytest -q tests"]
     assert "-r ../requirements.txt" in (ROOT / "tests/requirements.txt").read_text().splitlines()
