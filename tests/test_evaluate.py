@@ -521,6 +521,9 @@ def test_a_checkpoint_takes_data_and_decoding_from_another_config(run, data_root
     made = metrics["made_of"]
     assert made["generate"]["num_beams"] == 1 and made["generate"]["max_new_tokens"] == 6
     assert page_data(run / "there_report.html")["config"]["data"]["limit"] == 4
+    other.write_text(other.read_text().replace("max_new_tokens: 5}", "max_new_tokens: 5000}"))
+    with pytest.raises(InputError, match="generate.max_new_tokens: a prompt of .* do not fit"):
+        run_main(monkeypatch, *arguments[:4], "--name", "long")
 
 
 def test_an_annotation_without_train_is_enough(run, data_root, tmp_path, monkeypatch):
